@@ -1,0 +1,57 @@
+# One command each. `make train` and `make test` set up .venv on first use.
+#   VENV=DIR     use (or make) the virtual environment DIR instead of .venv
+#   PYTHON=PATH  use that interpreter's environment as it is; nothing is installed
+VENV ?= .venv
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+.PHONY: train test soak bench bench-gpu gpu-test lint format venv clean
+
+train: $(READY)
+	$(PY) -m ibft.cli train $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(ARGS)
+
+soak: $(READY)
+	$(PY) -m pytest -m "not gpu" --hypothesis-profile=soak --durations=10 -v $(ARGS) 2>&1 | $(PY) tests/soak_log.py
+
+gpu-test: $(READY)
+	$(PY) -m pytest -m gpu $(ARGS)
+
+bench: $(READY)
+	$(PY) -m pytest benchmarks $(ARGS)
+
+bench-gpu: $(READY)
+	$(PY) -m pytest benchmarks -m gpu $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+venv: $(READY)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v git >/dev/null || { echo "error: git is missing" >&2; exit 1; }
+	@python=; for candidate in python3.13 python3.12 python3.11 python3 python; do \
+	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
+	  then python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: no Python 3.11 to 3.13 with venv found (Debian: apt-get install python3 python3-venv)" >&2; exit 1; fi; \
+	test -x $(VENV)/bin/python || $$python -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

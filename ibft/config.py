@@ -1,0 +1,170 @@
+"""The run's configuration: typed, frozen, unknown keys refused. Every field says what it means.
+
+Sources, each overriding the one before: defaults, the bundled model's settings (only where the bundled model is trained),
+a preset, the YAML file, `section.key=value` overrides. Loading is in `ibft.load_config`; this file imports no torch.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+BUNDLED = "bundled:tiny"  # the base model and the tasks that come with the package
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    name_or_path: str = BUNDLED
+    """Hub id or local folder of a Llama-family causal LM (llama, deepseek-coder, codellama, qwen2/2.5/3, mistral)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """nf4: 4 bits with double quantisation (QLoRA); none: the weights as they are."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """transformers' attention implementation."""
+
+
+class DataConfig(Section):
+    path: str = BUNDLED
+    """Training rows: a .json, .jsonl (each also .gz) or .parquet file, or a hub id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    eval_path: str | None = None
+    """Held-out rows; if absent, `val_size` of the training rows are held out."""
+    val_size: Share = 0.02
+    """Share of the rows held out where there is no eval_path (at least 1, at most 512 rows); 0: no evaluation."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens of the longest row; longer samples are truncated on the right, and counted."""
+    packing: bool = True
+    """Several samples a row, with block-diagonal attention: no padding, and a sample never sees its neighbours."""
+    pad_to_max_length: bool = False
+    """Pad each row to max_length (the released code) instead of to the longest of its batch."""
+    add_eos: bool = True
+    """Teach the end-of-sequence token after the response."""
+    max_samples: PositiveInt | None = None
+    """Use only the first rows."""
+
+
+class LoraConfig(Section):
+    r: PositiveInt = 32
+    alpha: PositiveInt = 32
+    dropout: Share = 0.05
+    """One mask per shared input (q/k/v; gate/up), keyed by the sample."""
+    target_modules: tuple[Projection, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+
+
+class IBConfig(Section):
+    alpha: NonNegative = 0.1
+    """Weight of the whole bottleneck term; 0 is plain QLoRA fine-tuning without any bottleneck cost."""
+    beta: NonNegative = 0.02
+    """Weight of the prediction loss from z, within the bottleneck term."""
+    layer: PositiveInt | Literal["auto"] = "auto"
+    """Tapped decoder block, counted from 1, as in hidden_states; auto = round(2L/3) (20 of 30)."""
+    latent_dim: PositiveInt = 256
+    """Z."""
+    encoder: Literal["linear", "mlp"] = "linear"
+    """linear: the released code; mlp: the paper's words."""
+    mlp_dim: PositiveInt | None = None
+    """Hidden width of the mlp encoder; default 2Z."""
+    kl_reduction: Literal["batchmean", "mean"] = "batchmean"
+    """batchmean: sum over dims, mean over tokens (paper, eq. 4); mean: over tokens and dims (released code), Z times weaker."""
+    kl_tokens: Literal["real", "all", "response"] = "real"
+    """Tokens that the KL counts: real (no pads), all (pads too; needs pad_to_max_length), response (labelled positions)."""
+    learning_rate: NonNegative | None = None
+    """Of encoder and up-projection; default: train.learning_rate."""
+
+
+class TrainConfig(Section):
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    """Optimizer steps; -1: num_train_epochs decides."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3
+    per_device_train_batch_size: PositiveInt = 1
+    """Rows per micro-batch."""
+    gradient_accumulation_steps: PositiveInt = 4
+    """Micro-batches per optimizer step. The gradient does not depend on how a global batch is split."""
+    learning_rate: NonNegative = 1e-4
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Overrides warmup_ratio."""
+    weight_decay: NonNegative = 0.0
+    optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: NonNegative = 1.0
+    """Gradient clipping; 0: none."""
+    clip_mode: Literal["joint", "per_group"] = "joint"
+    """joint: one norm over everything; per_group: LoRA and bottleneck clipped apart."""
+    gradient_checkpointing: bool = True
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
+    """auto: bf16 where the device has it, else fp16 on CUDA, else fp32."""
+    logging_steps: PositiveInt = 10
+    eval_steps: PositiveInt | None = None
+    """Evaluate on the held-out rows every so many steps; default: after each epoch. Always at the end."""
+    per_device_eval_batch_size: PositiveInt = 4
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers beside metrics.jsonl."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        """`tensorboard`, `tensorboard,wandb` and `none` as Hugging Face takes them."""
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip() not in ("", "none"))
+        return value or ()
+
+
+class EvalConfig(Section):
+    tasks: str | None = None
+    """JSON lines of programming tasks (task_id, instruction, entry_point, test) for Pass@1 before and after training."""
+    max_tasks: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 512
+    batch_size: PositiveInt = 64
+
+
+class CheckpointConfig(Section):
+    save_steps: Annotated[int, Field(ge=0)] = 0
+    """Save adapter and bottleneck every so many steps under checkpoints/; 0: only best and last."""
+    keep_last: PositiveInt = 2
+
+
+class RuntimeConfig(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Config(Section):
+    version: Literal[1] = 1
+    preset: str | None = None
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    ib: IBConfig = IBConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.data.packing and self.data.pad_to_max_length:
+            raise ValueError("data.pad_to_max_length pads rows that data.packing fills: set one of them to false")
+        if self.ib.alpha > 0 and self.ib.kl_tokens == "all" and not self.data.pad_to_max_length:
+            raise ValueError(
+                "ib.kl_tokens=all counts pads, so it needs rows of one length: set data.packing=false data.pad_to_max_length=true"
+            )
+        if self.data.path == BUNDLED != self.model.name_or_path and self.data.eval_path is None:
+            raise ValueError("data.path is required with a model of your own (a file or a hub id)")
+        return self

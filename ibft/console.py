@@ -1,0 +1,97 @@
+"""What a user sees while training: a header, a progress bar on a terminal, a line per log step, and the closing table."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ibft.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from ibft.run import Datasets
+
+Advance = Callable[[int], None]
+
+
+class Console:
+    """Everything goes to stdout; errors are the command line's business (stderr)."""
+
+    def __init__(self) -> None:
+        self.rich = RichConsole(highlight=False, soft_wrap=True)
+
+    def notice(self, text: str) -> None:
+        self.rich.print(f"note: {text}", style="yellow", markup=False)
+
+    def data(self, what: str, summary: str) -> None:
+        self.rich.print(f"{what}: {summary}", markup=False)
+
+    def header(
+        self, config: Config, *, layer: int | None, layers: int, device: "torch.device", dtype: "torch.dtype", data: "Datasets"
+    ) -> None:
+        bits = "4-bit NF4, double quantisation" if config.model.quantization == "nf4" else "not quantised"
+        self.rich.print(f"model: {config.model.name_or_path}, {bits}, {str(dtype).removeprefix('torch.')} on {device}", markup=False)
+        self.rich.print(f"LoRA: r {config.lora.r}, alpha {config.lora.alpha}, dropout {config.lora.dropout}", markup=False)
+        self.rich.print(describe_objective(config, layer, layers), markup=False)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        if "eval_ce" in row:
+            self.rich.print(f"step {row['step']:>5}  held-out CE {row['eval_ce']:.4f}", style="bold")
+            return
+        parts = [f"step {row['step']:>5}", f"loss {row['loss']:.4f}", f"CE {row['ce']:.4f}"]
+        if "kl" in row:
+            parts += [f"KL {row['kl']:.4f}", f"CE_z {row['ce_z']:.4f}", f"dims in use {row['active_dims']:.0%}"]
+        parts += [f"grad {row['grad_norm_lora']:.3f}"]
+        if "grad_norm_bottleneck" in row:
+            parts[-1] += f"/{row['grad_norm_bottleneck']:.3f}"
+        parts += [f"lr {row['learning_rate']:.1e}", f"{row['tokens_per_second']:,.0f} tok/s"]
+        self.rich.print("  ".join(parts), markup=False)
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Advance]:
+        """A bar on a terminal, nothing elsewhere; call the yielded function with the number done so far."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.rich, transient=True, disable=not self.rich.is_terminal) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done, *_: bar.update(task, completed=done)
+
+    def result(self, result: dict[str, Any], path: Path) -> None:
+        first, last = result["first"], result["last"]
+        table = Table("", "first", "last", title="result", title_justify="left")
+        for key, label in (("loss", "loss"), ("ce", "CE"), ("kl", "KL (nats)"), ("ce_z", "CE_z")):
+            if key in first:
+                table.add_row(label, f"{first[key]:.4f}", f"{last[key]:.4f}")
+        if result["eval_ce"]:
+            table.add_row("held-out CE (best)", "", f"{min(result['eval_ce']):.4f}")
+        table.add_row("Pass@1", _pass(result["pass_at_1"]["before"]), _pass(result["pass_at_1"]["after"]))
+        table.add_row("tokens/s", "", f"{result['tokens_per_second']:,.0f}")
+        table.add_row("peak memory", "", f"{result['peak_memory_mib']:,.0f} MiB")
+        self.rich.print(table)
+        self.rich.print(f"adapter: {path}/adapter (last), {path}/adapter-best (lowest held-out CE)" if result["eval_ce"]
+                        else f"adapter: {path}/adapter", markup=False)  # fmt: skip
+
+
+def describe_objective(config: Config, layer: int | None, layers: int) -> str:
+    """One line that settles the published ambiguity: how strongly KL weighs, per token and per latent dimension."""
+    ib = config.ib
+    if layer is None:
+        return "objective: CE (ib.alpha = 0: plain fine-tuning, no bottleneck)"
+    weight = ib.alpha if ib.kl_reduction == "batchmean" else ib.alpha / ib.latent_dim
+    how = "sum over dims, mean over tokens" if ib.kl_reduction == "batchmean" else "mean over dims and tokens"
+    return (
+        f"objective: CE + {ib.alpha:g} (KL + {ib.beta:g} CE_z) at layer {layer} of {layers}, Z {ib.latent_dim}, {ib.encoder} encoder\n"
+        f"KL: {how} ({ib.kl_tokens}), so that each token's mean KL weighs {weight:.3g} per latent dimension"
+    )
+
+
+def _pass(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "no tasks"
+    if "not_judged" in value:
+        return f"not judged: {value['not_judged']}"
+    return f"{value['value']:.1%} ({value['passed']}/{value['tasks']})"

@@ -1,0 +1,1 @@
+"""From files or hub ids to device batches: sources -> encode -> order -> collate, each usable without the next."""

@@ -1,0 +1,287 @@
+"""The training loop: `train()` reads as verbs, and gradients are exact whatever the micro-batch.
+
+A global batch is normalised by its *true* number of label tokens (the KL by its own count), known on the CPU before the first
+micro-batch runs. So splitting it 1 x 8 or 8 x 1 changes nothing but rounding, and every micro-batch's loss simply adds up.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ibft.config import Config
+from ibft.data.collate import Batch, num_steps_per_epoch, steps_of_epoch
+from ibft.data.encode import EncodedData
+from ibft.errors import NonFiniteError
+from ibft.memory import peak_memory_mib
+from ibft.noise import Z_STREAM, NoiseContext
+from ibft.objective import IBObjective, LatentSums, LossParts
+from ibft.optim import Groups, clip_gradients, gradient_norms
+from ibft.tap import HiddenTap, decoder_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+Row = dict[str, Any]
+MIN_LOSS_SCALE = 1.0  # an fp16 scaler that has backed off this far will not recover
+
+
+@dataclass
+class Trainer:
+    """One run's moving parts and the verbs over them. Built by `ibft.run`; tests build it by hand.
+
+    `on_log`, `on_save` and `on_step` are how the outside world (metrics.jsonl, trackers, progress bar, disk) hears of it.
+    """
+
+    config: Config
+    model: "PeftModel"
+    objective: IBObjective
+    tap: HiddenTap | None  # None with alpha = 0
+    noise: NoiseContext
+    groups: Groups
+    optimizer: Any
+    scheduler: Any
+    accelerator: "Accelerator"
+    data: EncodedData
+    eval_data: EncodedData | None
+    pad_id: int
+    total_steps: int
+    on_log: Callable[[Row], None] = lambda row: None
+    on_save: Callable[[str], None] = lambda name: None
+    on_step: Callable[[int, Row], None] = lambda step, row: None
+
+    step: int = 0
+    epoch: int = 0
+    best: float = math.inf
+    interrupted: signal.Signals | None = None
+    window: "Window" = field(default_factory=lambda: Window())
+
+    def train(self) -> None:
+        """Run to `total_steps`, or to an interrupt; the last state is saved either way."""
+        steps_per_epoch = count_steps(self.data, self.config)
+        while self.step < self.total_steps and not self.interrupted:
+            for micro_batches in self.batches(self.data, epoch=self.epoch):
+                row = self.train_step(micro_batches)
+                self.step += 1
+                if self.due(self.config.train.logging_steps) or self.step == 1:
+                    self.log(row)
+                self.on_step(self.step, row)
+                if self.due(self.config.train.eval_steps or steps_per_epoch) and self.step < self.total_steps:
+                    self.evaluate_and_keep_best()
+                if self.due(self.config.checkpoint.save_steps):
+                    self.on_save(f"checkpoints/step-{self.step}")
+                if self.step == self.total_steps or self.interrupted:
+                    break
+            self.epoch += 1
+        if not self.interrupted:
+            self.evaluate_and_keep_best()
+        self.on_save("adapter")
+
+    def train_step(self, micro_batches: list[Batch]) -> Row:
+        """One optimizer step over a global batch; its metrics, still on the device.
+
+        Raises:
+            NonFiniteError: before the optimizer touches anything.
+        """
+        self.model.train()
+        collect = self.due(self.config.train.logging_steps, step=self.step + 1) or self.step == 0
+        parts = self.backward(micro_batches, collect=collect)
+        norms = gradient_norms(self.groups)
+        if self.check_finite(parts, norms):
+            clip_gradients(self.groups, norms, self.config.train)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.window.add(micro_batches)
+        return {"parts": parts, "norms": norms, "kl_tokens": sum(batch.num_kl_tokens for batch in micro_batches)}
+
+    def backward(self, micro_batches: list[Batch], *, collect: bool = False) -> LossParts:
+        """Accumulate the gradient of a global batch (scaled by the fp16 scaler where there is one, then unscaled).
+
+        Returns the loss parts of the whole global batch.
+        """
+        label_tokens = sum(batch.num_label_tokens for batch in micro_batches)
+        kl_tokens = sum(batch.num_kl_tokens for batch in micro_batches)
+        total: LossParts | None = None
+        for batch in micro_batches:
+            parts = self.forward(batch.to(self.accelerator.device, non_blocking=True), label_tokens, kl_tokens, collect)
+            self.accelerator.backward(parts.loss)
+            total = parts.detached() if total is None else total + parts.detached()
+        self.accelerator.unscale_gradients()
+        assert total is not None
+        return total
+
+    def forward(self, batch: Batch, label_tokens: int, kl_tokens: int, collect: bool = False) -> LossParts:
+        """One micro-batch's share of the step's loss."""
+        self.noise.noise_ids = batch.noise_ids
+        with self.accelerator.autocast():
+            if self.tap is None:
+                last, tapped = self.last_hidden(batch), None
+            else:
+                with self.tap:
+                    last = self.last_hidden(batch)
+                tapped = self.tap.hidden
+                self.tap.release()
+            return self.objective(
+                last,
+                tapped,
+                self.model.get_base_model().lm_head,
+                label_rows=batch.label_rows,
+                targets=batch.targets,
+                kl_mask=batch.kl_mask,
+                seed=self.noise.key(Z_STREAM),
+                noise_ids=batch.noise_ids,
+                label_normalizer=label_tokens,
+                kl_normalizer=kl_tokens,
+                collect=collect,
+            )
+
+    def last_hidden(self, batch: Batch) -> torch.Tensor:
+        """[B, T, D] after the final norm. Without logits: only labelled rows need them."""
+        output = decoder_of(self.model)(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy (nats per label token) on the held-out rows."""
+        assert self.eval_data is not None
+        self.model.eval()
+        total = torch.zeros((), device=self.accelerator.device)
+        tokens = 0
+        plain = IBObjective(None, alpha=0.0)
+        for (batch,) in self.batches(self.eval_data, epoch=0, evaluation=True):
+            batch = batch.to(self.accelerator.device, non_blocking=True)
+            with self.accelerator.autocast():
+                head = self.model.get_base_model().lm_head
+                last = self.last_hidden(batch)
+                total += plain(
+                    last, None, head, label_rows=batch.label_rows, targets=batch.targets, label_normalizer=1
+                ).ce
+            tokens += batch.num_label_tokens
+        return float(total) / tokens
+
+    def evaluate_and_keep_best(self) -> None:
+        if self.eval_data is None:
+            return
+        with self.window.paused():
+            value = self.evaluate()
+            self.on_log({"step": self.step, "eval_ce": value})
+            if value < self.best:
+                self.best = value
+                self.on_save("adapter-best")
+
+    def log(self, row: Row) -> None:
+        """Bring the metrics to the host (the only regular synchronisation beside the finiteness check) and hand them on."""
+        parts: LossParts = row["parts"]
+        tokens, seconds = self.window.read(self.accelerator.device)
+        values: Row = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": float(parts.loss),
+            "ce": float(parts.ce),
+        }
+        if self.objective.bottleneck is not None:
+            values |= {"kl": float(parts.kl), "ce_z": float(parts.ce_z)}
+            assert parts.latent_sums is not None
+            values |= parts.latent_sums.summary(row["kl_tokens"])
+        values |= {f"grad_norm_{name}": float(norm) for name, norm in row["norms"].items()}
+        values |= {
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "tokens_per_second": tokens / seconds,
+            "memory_mib": peak_memory_mib(self.accelerator.device),
+        }
+        self.on_log(values)
+
+    def check_finite(self, parts: LossParts, norms: dict[str, torch.Tensor]) -> bool:
+        """True if loss and gradients are finite. One synchronisation a step: a poisoned run is stopped before it saves.
+
+        Under fp16 a non-finite *gradient* is the loss scaler's business (it skips the step and backs off): False, and an
+        error only if the scale has already sunk to nothing.
+
+        Raises:
+            NonFiniteError: naming the parts.
+        """
+        values = {"loss": parts.loss, "ce": parts.ce, "kl": parts.kl, "ce_z": parts.ce_z}
+        values |= {f"gradient of {name}": norm for name, norm in norms.items()}
+        if bool(torch.isfinite(torch.stack([value.float() for value in values.values()])).all()):
+            return True
+        bad = [name for name, value in values.items() if not math.isfinite(float(value))]
+        scaler = self.accelerator.scaler
+        if scaler is not None and math.isfinite(float(parts.loss)) and scaler.get_scale() > MIN_LOSS_SCALE:
+            return False
+        raise NonFiniteError(f"step {self.step + 1}: not finite: {', '.join(bad)}; no weight was changed by this step")
+
+    def batches(self, data: EncodedData, *, epoch: int, evaluation: bool = False) -> Any:
+        """Optimizer steps of an epoch, each a list of micro-batches; evaluation: one micro-batch at a time, in order."""
+        train, settings = self.config.train, self.config.data
+        return steps_of_epoch(
+            data,
+            epoch=epoch,
+            seed=self.config.runtime.seed,
+            micro_rows=train.per_device_eval_batch_size if evaluation else train.per_device_train_batch_size,
+            accumulation=1 if evaluation else train.gradient_accumulation_steps,
+            packing=settings.packing,
+            max_length=settings.max_length,
+            kl_tokens="real" if evaluation else self.config.ib.kl_tokens,
+            pad_to=settings.max_length if settings.pad_to_max_length else None,
+            pad_id=self.pad_id,
+            shuffle=not evaluation,
+        )
+
+    def due(self, every: int, *, step: int | None = None) -> bool:
+        return every > 0 and (self.step if step is None else step) % every == 0
+
+    def interrupt(self, number: int, _frame: Any = None) -> None:
+        """Signal handler: stop after the step under way. A second signal stops at once."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = signal.Signals(number)
+
+
+def count_steps(data: EncodedData, config: Config) -> int:
+    """Optimizer steps of one epoch."""
+    return num_steps_per_epoch(
+        data,
+        micro_rows=config.train.per_device_train_batch_size,
+        accumulation=config.train.gradient_accumulation_steps,
+        packing=config.data.packing,
+        max_length=config.data.max_length,
+    )
+
+
+class Window:
+    """Real tokens and seconds of training since the last reading, and in all; evaluation does not count."""
+
+    def __init__(self) -> None:
+        self.total_tokens, self.total_seconds = 0, 0.0
+        self.tokens, self.start = 0, time.perf_counter()
+
+    def add(self, micro_batches: list[Batch]) -> None:
+        self.tokens += sum(batch.num_tokens for batch in micro_batches)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - since
+
+    def read(self, device: torch.device) -> tuple[int, float]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        tokens, seconds = self.tokens, time.perf_counter() - self.start
+        self.total_tokens += tokens
+        self.total_seconds += seconds
+        self.tokens, self.start = 0, time.perf_counter()
+        return tokens, seconds

@@ -1,0 +1,116 @@
+"""The 4-bit linear layer: NF4 with double quantisation (QLoRA, arXiv 2305.14314), exactly bitsandbytes' values.
+
+    y = x dequantize(W)^T + b        dx = dy dequantize(W)        W is frozen: no dW
+
+Why not `bitsandbytes.nn.Linear4bit` itself: its no-grad forward on CPUs with AVX512-BF16 repacks the weight in place, after
+which training gradients are wrong and saved weights differ (seen with 0.50). Here one forward serves training, evaluation,
+generation and gradient checkpointing on every backend; it only reads the packed bytes. bitsandbytes still quantises (while
+transformers streams the weights in, so a full-precision copy of the model never exists) and still dequantises.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """Saves neither x (the weight is frozen) nor the dequantised weight (made again in backward: 16 bits against 4)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: "NF4Linear") -> torch.Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        (grad_y,) = grads
+        return grad_y @ ctx.layer.dequantize(grad_y.dtype) if ctx.needs_input_grad[0] else None, None
+
+
+class NF4Linear(nn.Linear):
+    """A frozen linear layer whose weight is held in NF4 with double quantisation.
+
+    A subclass of `nn.Linear` so that PEFT wraps it with its ordinary LoRA layer. `weight` holds the packed bytes
+    [out*in/2, 1] uint8; the remaining quantisation state is in buffers and moves with `.to(device)`.
+    """
+
+    absmax: torch.Tensor
+    code: torch.Tensor
+    offset: torch.Tensor
+    nested_absmax: torch.Tensor
+    nested_code: torch.Tensor
+
+    def __init__(self, packed: torch.Tensor, quant_state: Any, bias: torch.Tensor | None) -> None:
+        """`packed` and `quant_state` as `bitsandbytes.functional.quantize_4bit(..., compress_statistics=True)` returns.
+
+        Raises:
+            ValueError: not NF4, or not double-quantised.
+        """
+        if quant_state.quant_type != "nf4" or not quant_state.nested:
+            raise ValueError(
+                f"got {quant_state.quant_type} with double quantisation {quant_state.nested}, "
+                "expected nf4 with double quantisation True"
+            )
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = quant_state.shape
+        self.blocksize = quant_state.blocksize
+        self.nested_blocksize = quant_state.state2.blocksize
+        self.weight = nn.Parameter(packed.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("absmax", quant_state.absmax)
+        self.register_buffer("code", quant_state.code)
+        self.register_buffer("offset", quant_state.offset)
+        self.register_buffer("nested_absmax", quant_state.state2.absmax)
+        self.register_buffer("nested_code", quant_state.state2.code)
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> "NF4Linear":
+        """Quantise a dense weight [out, in] (fp32, fp16 or bf16), blocks of 64, their absmax in blocks of 256."""
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(weight.detach(), compress_statistics=True, quant_type="nf4")
+        return cls(packed, state, bias)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in] in `dtype`."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        assert self.nested_absmax.dtype == torch.float32, "the quantisation state must stay in fp32"
+        state = QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.code,
+            blocksize=self.blocksize,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=self.offset,
+            state2=QuantState(
+                absmax=self.nested_absmax, code=self.nested_code, blocksize=self.nested_blocksize, dtype=torch.float32
+            ),
+        )
+        return dequantize_4bit(self.weight.data, state)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        return _FrozenLinear.apply(input, self)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
+
+
+def adopt_linear4bit(model: nn.Module) -> int:
+    """Replace, in place, every `bitsandbytes.nn.Linear4bit` of `model` by an `NF4Linear` over the same bytes.
+
+    Must run before the first forward (see the module docstring). Returns how many were replaced.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    for name, module in found:
+        parent_name, _, child_name = name.rpartition(".")
+        owned = NF4Linear(module.weight.data, module.weight.quant_state, module.bias)
+        setattr(model.get_submodule(parent_name), child_name, owned)
+    return len(found)

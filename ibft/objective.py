@@ -1,0 +1,182 @@
+"""The IB-FT objective: L = CE + alpha (KL + beta CE_z) (arXiv 2510.16022; DESIGN section 1 for the fine print).
+
+Legend: B batch, T positions, N = B*T, M label tokens, D hidden size, Z latent size, V vocabulary.
+
+Both cross-entropies look only at the M positions whose next token is a label: at most half of a code sample's positions,
+and no row of the [N, V] logits that a pad or a prompt token would need is ever computed.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ibft.bottleneck import LOGVAR_RANGE, InformationBottleneck, Latent
+
+ACTIVE_DIM_NATS = 0.01  # a latent dimension is in use if its mean KL exceeds this
+
+
+@dataclass
+class LossParts:
+    """`loss` carries the graph; the parts are detached scalars. `kl` and `ce_z` are zero without a bottleneck."""
+
+    loss: torch.Tensor
+    ce: torch.Tensor
+    kl: torch.Tensor
+    ce_z: torch.Tensor
+    latent_sums: "LatentSums | None" = None
+
+    def detached(self) -> "LossParts":
+        return replace(self, loss=self.loss.detach())
+
+    def __add__(self, other: "LossParts") -> "LossParts":
+        """Micro-batches of one step, each normalised by the whole step's counts, add up."""
+        sums = self.latent_sums
+        if sums is not None and other.latent_sums is not None:
+            sums = sums + other.latent_sums
+        return LossParts(self.loss + other.loss, self.ce + other.ce, self.kl + other.kl, self.ce_z + other.ce_z, sums)
+
+
+@dataclass
+class LatentSums:
+    """Sums over the KL's tokens, to be divided by their number at the end of the step (device tensors: no sync)."""
+
+    kl_Z: torch.Tensor  # [Z] nats
+    mu_abs: torch.Tensor  # [] sum over tokens and dims
+    var: torch.Tensor  # [] sum over tokens and dims
+
+    def __add__(self, other: "LatentSums") -> "LatentSums":
+        return LatentSums(self.kl_Z + other.kl_Z, self.mu_abs + other.mu_abs, self.var + other.var)
+
+    def summary(self, tokens: int) -> dict[str, float]:
+        """Mean |mu|, mean variance and the share of latent dimensions in use. Synchronises."""
+        count = max(tokens, 1)
+        dims = self.kl_Z.numel()
+        return {
+            "mu_abs_mean": float(self.mu_abs) / (count * dims),
+            "var_mean": float(self.var) / (count * dims),
+            "active_dims": float((self.kl_Z / count > ACTIVE_DIM_NATS).float().mean()),
+        }
+
+
+def label_positions(labels: torch.Tensor, ignore_index: int = -100) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hugging Face labels [B, T] (unshifted) to (rows [M], targets [M]): position b*T+t predicts labels[b, t+1].
+
+    Synchronises the device; a data loader that knows the rows on the CPU passes them instead.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1)
+    rows = (following != ignore_index).nonzero().squeeze(1)
+    return rows, following[rows]
+
+
+class IBObjective(nn.Module):
+    """CE, KL and CE_z in one call; usable in any training step (see README).
+
+    Args:
+        bottleneck: the module, or None for plain fine-tuning (then no bottleneck cost at all).
+        alpha, beta: the weights in L = CE + alpha (KL + beta CE_z).
+        kl_reduction: "batchmean" (sum over dims, mean over tokens: eq. 4) or "mean" (over tokens and dims: the released code).
+
+    Raises:
+        ValueError: negative alpha or beta; alpha > 0 without a bottleneck.
+    """
+
+    def __init__(
+        self,
+        bottleneck: InformationBottleneck | None,
+        *,
+        alpha: float = 0.1,
+        beta: float = 0.02,
+        kl_reduction: Literal["mean", "batchmean"] = "batchmean",
+    ) -> None:
+        super().__init__()
+        if alpha < 0 or beta < 0:
+            raise ValueError(f"got alpha {alpha} and beta {beta}, expected both >= 0")
+        if alpha > 0 and bottleneck is None:
+            raise ValueError(f"alpha is {alpha} but there is no bottleneck")
+        if kl_reduction not in ("mean", "batchmean"):
+            raise ValueError(f"got kl_reduction {kl_reduction!r}, expected 'mean' or 'batchmean'")
+        self.bottleneck = bottleneck if alpha > 0 else None
+        self.alpha, self.beta = alpha, beta
+        self.kl_reduction: Literal["mean", "batchmean"] = kl_reduction
+
+    def forward(
+        self,
+        last_hidden: torch.Tensor,
+        tapped: torch.Tensor | None,
+        lm_head: nn.Module,
+        *,
+        labels: torch.Tensor | None = None,
+        label_rows: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        kl_mask: torch.Tensor | None = None,
+        seed: int | torch.Tensor | None = None,
+        noise_ids: torch.Tensor | None = None,
+        eps: torch.Tensor | None = None,
+        label_normalizer: int | float | torch.Tensor | None = None,
+        kl_normalizer: int | float | torch.Tensor | None = None,
+        collect: bool = False,
+    ) -> LossParts:
+        """The loss of one micro-batch.
+
+        Args:
+            last_hidden: [B, T, D] after the final norm. tapped: [B, T, D] hidden_states[layer]; None without bottleneck.
+            labels: [B, T] as Hugging Face has them; or `label_rows` [M] (flat b*T+t) with `targets` [M], already shifted.
+            kl_mask: [B, T] bool, the tokens of the KL; None for all positions.
+            seed, noise_ids, eps: of the noise, as in `ib_kl_loss`.
+            label_normalizer: label tokens of the *whole optimizer step*, so that accumulation is exact; default M.
+            kl_normalizer: the same for the KL's tokens; default: those of kl_mask.
+            collect: also return `latent_sums` for logging.
+
+        Raises:
+            ValueError: neither or both ways of giving labels; no tapped hidden states where a bottleneck needs them.
+        """
+        if (labels is None) == (label_rows is None or targets is None):
+            raise ValueError("expected either labels, or label_rows and targets")
+        if labels is not None:
+            label_rows, targets = label_positions(labels)
+        assert label_rows is not None
+        assert targets is not None
+        count = max(targets.numel(), 1) if label_normalizer is None else label_normalizer
+
+        def cross_entropy(rows_MD: torch.Tensor) -> torch.Tensor:
+            if not torch.is_autocast_enabled(rows_MD.device.type):
+                rows_MD = rows_MD.to(next(lm_head.parameters()).dtype)
+            logits_MV = lm_head(rows_MD)
+            if logits_MV.dtype != torch.float64:
+                logits_MV = logits_MV.float()
+            return F.cross_entropy(logits_MV, targets, reduction="sum") / count
+
+        ce = cross_entropy(last_hidden.flatten(0, 1).index_select(0, label_rows))
+        if self.bottleneck is None:
+            zero = torch.zeros((), device=ce.device)
+            return LossParts(ce, ce.detach(), zero, zero)
+        if tapped is None:
+            raise ValueError("the bottleneck needs the tapped hidden states, got None")
+
+        latent = self.bottleneck(
+            tapped,
+            seed=seed,
+            noise_ids=noise_ids,
+            eps=eps,
+            mask=kl_mask,
+            reduction=self.kl_reduction,
+            normalizer=kl_normalizer,
+        )
+        ce_z = cross_entropy(self.bottleneck.up(latent.z.flatten(0, 1).index_select(0, label_rows)))
+        loss = ce + self.alpha * (latent.kl + self.beta * ce_z)
+        sums = latent_sums(latent, kl_mask) if collect else None
+        return LossParts(loss, ce.detach(), latent.kl.detach(), ce_z.detach(), sums)
+
+
+@torch.no_grad()
+def latent_sums(latent: Latent, mask: torch.Tensor | None) -> LatentSums:
+    """What the logs show of a latent, summed over the counted tokens."""
+    mu = latent.mu.detach().float().flatten(0, -2)
+    logvar = latent.logvar.detach().float().flatten(0, -2).clamp(*LOGVAR_RANGE)
+    weight = torch.ones_like(mu[:, :1]) if mask is None else mask.reshape(-1, 1).to(mu.dtype)
+    var = logvar.exp()
+    kl_Z = (0.5 * (var + mu.square() - 1 - logvar) * weight).sum(0)
+    return LatentSums(kl_Z, (mu.abs() * weight).sum(), (var * weight).sum())

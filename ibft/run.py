@@ -1,0 +1,349 @@
+"""`ibft-fast train`: from a configuration to a trained adapter and a table that says what it was worth."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ibft.config import BUNDLED, Config, TrainConfig
+from ibft.console import Console
+from ibft.errors import ConfigError, DataError, OutOfMemoryError, SetupError
+from ibft.memory import peak_memory_mib
+from ibft.rundir import RunDir
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+    from ibft.data.encode import EncodedData
+    from ibft.loop import Trainer
+
+MAX_HELD_OUT_ROWS = 512
+
+
+@dataclass
+class Datasets:
+    train: "EncodedData"
+    held_out: "EncodedData | None"
+    sha256: str
+
+
+def run_training(config: Config, out: Path | None, *, dry_run: bool = False, notices: list[str] | None = None) -> int:
+    """Train as configured; returns the exit code (0, or 128 + signal when interrupted and saved).
+
+    Cheap refusals come first: device, model configuration, layer and data are checked before any weight is loaded.
+
+    Raises:
+        IBFTError: whatever the user can mend.
+    """
+    if config.model.name_or_path == BUNDLED and is_local(config.data.path) and is_local(config.data.eval_path):
+        # the bundled base is on disk: no library need ask the network for anything. Never set for a user's own model.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    console = Console()
+    for notice in notices or []:
+        console.notice(notice)
+    with out_of_memory_advice():
+        device = choose_device(config)
+        dtype = choose_dtype(config.train, device)
+
+        from ibft.model import load_model_config, load_tokenizer, resolve_layer
+
+        base_config = load_model_config(config.model)
+        layer = resolve_layer(config.ib.layer, base_config.num_hidden_layers) if config.ib.alpha > 0 else None
+        tokenizer = load_tokenizer(config.model)
+        data = load_data(config, tokenizer, console)
+        tasks = load_tasks(config)
+        console.header(config, layer=layer, layers=base_config.num_hidden_layers, device=device, dtype=dtype, data=data)
+        if dry_run:
+            console.notice("dry run: configuration, model files and data are in order; nothing was trained or written")
+            return 0
+
+        run_dir = RunDir(out)
+        run_dir.write_config(config)
+        run_dir.write_manifest(
+            device=device_name(device),
+            dtype=str(dtype).removeprefix("torch."),
+            seed=config.runtime.seed,
+            base_model=config.model.name_or_path,
+            data_sha256=data.sha256,
+            ib_layer=layer,
+        )
+        accelerator = make_accelerator(config, device, dtype, run_dir)
+        trainer, notes = build_trainer(config, tokenizer, data, layer, accelerator, dtype)
+        for notice in notes:
+            console.notice(notice)
+        return train_and_report(config, trainer, tokenizer, tasks, run_dir, console)
+
+
+def train_and_report(
+    config: Config,
+    trainer: "Trainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: list[dict[str, Any]],
+    run_dir: RunDir,
+    console: Console,
+) -> int:
+    """Pass@1, training, Pass@1 again; then the table."""
+    rows: list[dict[str, Any]] = []
+
+    def log(row: dict[str, Any]) -> None:
+        rows.append(row)
+        run_dir.log(row)
+        trainer.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        console.metrics(row)
+
+    def save(name: str) -> None:
+        run_dir.save_adapter(name, trainer.model, trainer.objective.bottleneck, tokenizer)
+        if name.startswith("checkpoints/"):
+            run_dir.keep_last_checkpoints(config.checkpoint.keep_last)
+
+    trainer.on_log, trainer.on_save = log, save
+    before = pass_at_1(config, trainer, tokenizer, tasks, console, "before")
+    handlers = {number: signal.signal(number, trainer.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    started = time.perf_counter()
+    try:
+        with console.progress("training", trainer.total_steps) as advance:
+            trainer.on_step = lambda step, _row: advance(step)
+            trainer.train()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        trainer.accelerator.end_training()
+    seconds = time.perf_counter() - started
+    trainer.window.read(trainer.accelerator.device)
+    if trainer.interrupted:
+        console.notice(f"interrupted by {trainer.interrupted.name} after step {trainer.step}; saved to {run_dir.path}/adapter")
+        return 128 + trainer.interrupted
+    after = pass_at_1(config, trainer, tokenizer, tasks, console, "after")
+
+    steps = [row for row in rows if "loss" in row]
+    result = {
+        "steps": trainer.step,
+        "first": steps[0],
+        "last": steps[-1],
+        "eval_ce": [row["eval_ce"] for row in rows if "eval_ce" in row],
+        "tokens_per_second": trainer.window.total_tokens / trainer.window.total_seconds,
+        "training_seconds": seconds,
+        "peak_memory_mib": peak_memory_mib(trainer.accelerator.device),
+        "pass_at_1": {"before": before, "after": after},
+    }
+    run_dir.write_json("result.json", result)
+    console.result(result, run_dir.path)
+    return 0
+
+
+def build_trainer(
+    config: Config,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: Datasets,
+    layer: int | None,
+    accelerator: "Accelerator",
+    dtype: torch.dtype,
+) -> tuple["Trainer", list[str]]:
+    """Load the base, attach LoRA and bottleneck, make the optimizer; also notices for the user."""
+    from ibft.bottleneck import InformationBottleneck
+    from ibft.loop import Trainer, count_steps
+    from ibft.model import add_lora, load_base, lora_parameters
+    from ibft.noise import NoiseContext
+    from ibft.objective import IBObjective
+    from ibft.optim import Groups, make_optimizer, make_scheduler
+    from ibft.tap import HiddenTap
+
+    noise = NoiseContext(config.runtime.seed)
+    base = load_base(config.model, dtype=dtype, device=accelerator.device)
+    model = add_lora(base, config.lora, noise=noise)
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    groups: Groups = {"lora": lora_parameters(model)}
+    bottleneck, tap = None, None
+    if layer is not None:
+        torch.manual_seed(config.runtime.seed)
+        bottleneck = InformationBottleneck(
+            base.config.hidden_size, config.ib.latent_dim, config.ib.encoder, config.ib.mlp_dim
+        ).to(accelerator.device)
+        groups["bottleneck"] = list(bottleneck.parameters())
+        tap = HiddenTap(model, layer)
+    objective = IBObjective(
+        bottleneck, alpha=config.ib.alpha, beta=config.ib.beta, kl_reduction=config.ib.kl_reduction
+    )
+    optimizer, notices = make_optimizer(
+        groups, config.train, bottleneck_lr=config.ib.learning_rate, device=accelerator.device
+    )
+    total_steps = config.train.max_steps
+    if total_steps == -1:
+        total_steps = math.ceil(config.train.num_train_epochs * count_steps(data.train, config))
+    scheduler = make_scheduler(optimizer, config.train, total_steps)
+    trainer = Trainer(
+        config=config,
+        model=model,
+        objective=objective,
+        tap=tap,
+        noise=noise,
+        groups=groups,
+        optimizer=accelerator.prepare(optimizer),
+        scheduler=scheduler,
+        accelerator=accelerator,
+        data=data.train,
+        eval_data=data.held_out,
+        pad_id=int(tokenizer.pad_token_id),
+        total_steps=total_steps,
+    )
+    return trainer, notices
+
+
+def is_local(path: str | None) -> bool:
+    return path is None or path == BUNDLED or Path(path).expanduser().exists()
+
+
+def choose_device(config: Config) -> torch.device:
+    """Raises SetupError where CUDA was asked for and there is none."""
+    available = torch.cuda.is_available()
+    if config.runtime.device == "cuda" and not available:
+        raise SetupError("runtime.device=cuda, but torch finds no CUDA device (runtime.device=auto falls back to the CPU)")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SetupError("more than one process: this version trains on one device; start it without a launcher")
+    return torch.device("cuda" if available and config.runtime.device != "cpu" else "cpu")
+
+
+def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Compute dtype. Masters of LoRA and bottleneck are fp32 in any case."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    if config.mixed_precision != "auto":
+        if config.mixed_precision == "fp16" and device.type == "cpu":
+            raise ConfigError("train.mixed_precision=fp16 needs a GPU: use bf16 or no on a CPU")
+        return named[config.mixed_precision]
+    if device.type == "cpu":
+        return torch.float32
+    # emulated bf16 (before sm_80) is slower than fp16
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def make_accelerator(config: Config, device: torch.device, dtype: torch.dtype, run_dir: RunDir) -> "Accelerator":
+    """Device placement, mixed precision and trackers. Its own accumulation stays at 1: the loop accumulates exactly."""
+    from accelerate import Accelerator
+
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype]
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=precision,
+            log_with=list(config.train.report_to) or None,
+            project_dir=str(run_dir.path),
+        )
+        if config.train.report_to:
+            flat = {f"{section}.{key}": value if isinstance(value, int | float | bool | str) else str(value)
+                    for section, values in config.model_dump().items() if isinstance(values, dict)
+                    for key, value in values.items()}  # fmt: skip
+            accelerator.init_trackers("ibft-fast", config=flat)
+    except ValueError as error:
+        raise SetupError(f"train.report_to={','.join(config.train.report_to)}: {error}") from error
+    return accelerator
+
+
+def load_data(config: Config, tokenizer: "PreTrainedTokenizerBase", console: Console) -> Datasets:
+    """Training and held-out rows, encoded.
+
+    Raises:
+        DataError: missing, malformed, empty, or no row with a label.
+    """
+    from ibft.data.encode import encode_rows
+    from ibft.data.sources import load_rows
+    from ibft.tiny import task_file
+
+    settings = config.data
+    train_path = str(task_file("train")) if settings.path == BUNDLED else settings.path
+    rows = load_rows(train_path, split=settings.split)[: settings.max_samples]
+    if not rows:
+        raise DataError(f"{train_path}: no rows")
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+    held_out_rows: list[dict[str, Any]] = []
+    if settings.eval_path is not None or settings.path == BUNDLED:
+        path = str(task_file("validation")) if settings.eval_path in (None, BUNDLED) else settings.eval_path
+        held_out_rows = load_rows(path, split=settings.split)
+    elif settings.val_size > 0 and len(rows) > 1:
+        count = min(max(1, round(settings.val_size * len(rows))), MAX_HELD_OUT_ROWS)
+        chosen = set(torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist())
+        held_out_rows = [row for index, row in enumerate(rows) if index in chosen]
+        rows = [row for index, row in enumerate(rows) if index not in chosen]
+
+    train = encode_rows(rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos)
+    console.data("training rows", train.summary())
+    held_out = None
+    if held_out_rows:
+        held_out = encode_rows(held_out_rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos)
+        console.data("held-out rows", held_out.summary())
+    return Datasets(train, held_out, digest)
+
+
+def load_tasks(config: Config) -> list[dict[str, Any]]:
+    """Programming tasks for Pass@1: the bundled test split when training on the bundled tasks, else `eval.tasks`."""
+    from ibft.data.sources import load_rows
+    from ibft.tiny import task_file
+
+    path = config.eval.tasks
+    if path is None and config.data.path != BUNDLED:
+        return []
+    tasks = load_rows(str(task_file("test")) if path in (None, BUNDLED) else path)
+    for number, task in enumerate(tasks, 1):
+        missing = [key for key in ("task_id", "instruction", "entry_point", "test") if not isinstance(task.get(key), str)]
+        if missing:
+            raise DataError(f"eval.tasks: {path}, row {number}: expected text under {', '.join(missing)}")
+    return tasks[: config.eval.max_tasks]
+
+
+def pass_at_1(
+    config: Config,
+    trainer: "Trainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: list[dict[str, Any]],
+    console: Console,
+    when: str,
+) -> dict[str, Any] | None:
+    """Greedy Pass@1 on the tasks; None without tasks; {"not_judged": reason} where code cannot be judged safely."""
+    from ibft.evaluation.generate import generate
+    from ibft.evaluation.judge import judge_tasks, why_not_judged
+
+    if not tasks:
+        return None
+    if reason := why_not_judged():
+        return {"not_judged": reason}
+    with console.progress(f"Pass@1 {when} training", len(tasks)) as advance, trainer.accelerator.autocast():
+        completions = generate(
+            trainer.model,
+            tokenizer,
+            [task["instruction"] for task in tasks],
+            max_new_tokens=config.eval.max_new_tokens,
+            batch_size=config.eval.batch_size,
+            progress=advance,
+        )
+    verdicts = judge_tasks(tasks, completions)
+    passed = sum(verdict.passed for verdict in verdicts)
+    return {"passed": passed, "tasks": len(tasks), "value": passed / len(tasks)}
+
+
+class out_of_memory_advice:
+    """Turns torch's out-of-memory error into exit code 6 with the cheapest things to change."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            raise OutOfMemoryError(
+                f"out of memory after {peak:.1f} GiB: try train.gradient_checkpointing=true, "
+                "train.per_device_train_batch_size=1 (with more train.gradient_accumulation_steps), a smaller data.max_length"
+            ) from error

@@ -1,0 +1,130 @@
+"""The run directory: what a run leaves behind.
+
+    config.yaml        the resolved configuration; `ibft-fast train RUN/config.yaml` repeats the run
+    manifest.json      versions, commit, data hash, device, seed
+    metrics.jsonl      one JSON object a log step; evaluations have eval_* keys
+    adapter/           last state: PEFT adapter, ib_bottleneck.safetensors, tokenizer
+    adapter-best/      the same, lowest held-out cross-entropy
+    checkpoints/step-N/
+    result.json        first and last losses, throughput, memory, Pass@1
+
+Safetensors and JSON only: no pickle is ever written or loaded.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ibft.config import Config
+from ibft.errors import ConfigError, SetupError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from ibft.bottleneck import InformationBottleneck
+
+BOTTLENECK_FILE = "ib_bottleneck.safetensors"
+_PACKAGES = ("ibft-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
+
+
+class RunDir:
+    """Paths and writers of one run.
+
+    Raises:
+        ConfigError: the folder already holds a run. SetupError: it cannot be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S") if path is None else path
+        if (self.path / "config.yaml").exists() or (self.path / "metrics.jsonl").exists():
+            raise ConfigError(f"{self.path} already holds a run: choose another folder with -o, or delete it")
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, expected a folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "metrics.jsonl").touch(exist_ok=False)
+        except OSError as error:
+            raise SetupError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
+
+    def write_config(self, config: Config) -> None:
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+
+    def write_manifest(self, **facts: Any) -> None:
+        manifest = {
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "commit": _commit(),
+            "versions": {name: _version(name) for name in _PACKAGES},
+            **facts,
+        }
+        self.write_json("manifest.json", manifest)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl; on disk when this returns, so that a killed run keeps its curve."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
+
+    def save_adapter(
+        self,
+        name: str,
+        model: "PeftModel",
+        bottleneck: "InformationBottleneck | None",
+        tokenizer: "PreTrainedTokenizerBase",
+    ) -> Path:
+        """Write adapter, bottleneck and tokenizer to `name`, replacing what was there only when the new one is whole."""
+        from safetensors.torch import save_file
+
+        target = self.path / name
+        fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        model.save_pretrained(str(fresh), safe_serialization=True)
+        if bottleneck is not None:
+            state = {key: value.detach().cpu().contiguous() for key, value in bottleneck.state_dict().items()}
+            save_file(state, fresh / BOTTLENECK_FILE)
+        tokenizer.save_pretrained(str(fresh))
+        if target.exists():
+            os.replace(target, old)
+        os.replace(fresh, target)
+        shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def keep_last_checkpoints(self, count: int) -> None:
+        folders = sorted((self.path / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
+        for folder in folders[:-count]:
+            shutil.rmtree(folder)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that is running, if it is one."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""One op, one file: kernels, launchers, torch path, autograd, public function."""

@@ -1,0 +1,183 @@
+"""Dropout whose mask is a function of the sample, not of a generator's state: a packed, resumed or re-batched run drops the same.
+
+    y = x * keep / (1 - t / 65536)        t = round(p * 65536)        keep = (16 random bits, as a signed integer) >= t - 32768
+
+Sixteen bits decide one element, so a Philox call (key and counter as in `philox`) serves eight columns: counter word 0 is
+column // 8, word i of call j decides column 8j + 2i with its low half and 8j + 2i + 1 with its high half. That halves the
+integer work of four columns a call, and costs p a rounding of at most 2^-17 (the scale uses the rounded p, so the mean stays
+exact). The counters repeat those of the normals; the stream in the key keeps the two apart.
+
+Saved for backward: nothing on the Triton path (the mask is recomputed); one byte an element on the torch path, where
+recomputing costs three times what reading the byte does.
+Legend: N rows, C columns, J = ceil(C / 8) calls a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._dispatch import resolve_backend
+from .._triton import tl, triton
+from ._rows import FLOATS, as_rows, check_seed, rows_of_ids
+from .philox import interleave4, load_key, philox_tile, seed_arguments, word_chunks
+
+__all__ = ["philox_dropout"]
+
+LEVELS = 1 << 16
+
+
+# --- kernel --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _low_half(word):
+    return (word << 16) >> 16  # arithmetic: the low 16 bits, sign-extended
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "threshold", "seed_lo", "seed_hi"])
+def dropout_kernel(
+    x_ptr,
+    y_ptr,
+    ids_ptr,
+    seed_ptr,
+    seed_lo,
+    seed_hi,
+    threshold,
+    n_rows,
+    n_columns,
+    stride_xn,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y = x * keep * scale: the forward for x, and with dy for x the whole backward. Reads and writes each element once."""
+    rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_C
+    columns_c = first + tl.arange(0, BLOCK_C)
+    mask_n = rows_n < n_rows
+    mask_nc = mask_n[:, None] & (columns_c < n_columns)[None, :]
+    key = load_key(seed_ptr, seed_lo, seed_hi)
+    w0, w1, w2, w3 = philox_tile(key, ids_ptr, rows_n, mask_n, first // 8 + tl.arange(0, BLOCK_C // 8))
+    words = interleave4(w0, w1, w2, w3)
+    bits = tl.reshape(tl.join(_low_half(words), words >> 16), [BLOCK_N, BLOCK_C])
+    scale = 65536.0 / (65536 - threshold).to(COMPUTE)
+    x = tl.load(x_ptr + rows_n[:, None] * stride_xn + columns_c[None, :], mask=mask_nc).to(COMPUTE)
+    # a product, not a choice: a NaN under a dropped element still shows, as in torch
+    y = x * tl.where(bits >= threshold - 32768, scale, 0.0)
+    y_offsets = rows_n[:, None] * n_columns + columns_c[None, :]
+    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask_nc)
+
+
+# --- launcher and torch path ---------------------------------------------------------------------------------------------
+
+
+def _launch(
+    x_NC: torch.Tensor, threshold: int, seed: int | torch.Tensor, ids_N3: torch.Tensor | None
+) -> torch.Tensor:
+    y_NC = torch.empty(x_NC.shape, dtype=x_NC.dtype, device=x_NC.device)
+    if x_NC.numel():
+        n_rows, n_columns = x_NC.shape
+        block_n, block_c = 16, 128
+        grid = (triton.cdiv(n_rows, block_n), triton.cdiv(n_columns, block_c))
+        compute = tl.float64 if x_NC.dtype == torch.float64 else tl.float32
+        dropout_kernel[grid](
+            x_NC, y_NC, ids_N3, *seed_arguments(seed), threshold, n_rows, n_columns, x_NC.stride(0),
+            COMPUTE=compute, BLOCK_N=block_n, BLOCK_C=block_c,
+        )  # fmt: skip
+    return y_NC
+
+
+def _keep_mask(
+    n_rows: int, columns: int, threshold: int, seed: int | torch.Tensor, ids_N3: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """1 for a kept element, 0 for a dropped one: uint8 [N, C]."""
+    calls = -(-columns // 8)
+    keep_NC = torch.empty(n_rows, columns, dtype=torch.uint8, device=device)
+    for rows, words in word_chunks(seed, ids_N3, n_rows, calls, device):
+        packed = torch.empty(*words[0].shape, 4, dtype=torch.int32, device=device)
+        for i, word in enumerate(words):
+            packed[..., i].copy_(word)
+        # Integers this small are exact in fp32, whose arithmetic torch vectorises; a comparison to bool takes four times as long.
+        bits = packed.view(torch.int16).flatten(1).float()
+        keep_NC[rows].copy_(bits.sub_(threshold - 32769).clamp_(0, 1)[:, :columns])
+    return keep_NC
+
+
+def _scaled(x: torch.Tensor, keep: torch.Tensor, threshold: int) -> torch.Tensor:
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return keep.to(compute).mul_(LEVELS / (LEVELS - threshold)).mul_(x).to(x.dtype)
+
+
+# --- autograd ------------------------------------------------------------------------------------------------------------
+
+
+class _TritonDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NC, threshold, seed, ids_N3):
+        ctx.threshold, ctx.seed = threshold, seed
+        ctx.save_for_backward(ids_N3, seed if isinstance(seed, torch.Tensor) else None)
+        return _launch(x_NC, threshold, seed, ids_N3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_NC):
+        ids_N3, seed_tensor = ctx.saved_tensors
+        seed = ctx.seed if seed_tensor is None else seed_tensor
+        return _launch(as_rows(dy_NC), ctx.threshold, seed, ids_N3), None, None, None
+
+
+class _TorchDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NC, threshold, seed, ids_N3):
+        keep_NC = _keep_mask(*x_NC.shape, threshold, seed, ids_N3, x_NC.device)
+        ctx.threshold = threshold
+        ctx.save_for_backward(keep_NC)
+        return _scaled(x_NC, keep_NC, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_NC):
+        (keep_NC,) = ctx.saved_tensors
+        return _scaled(dy_NC, keep_NC, ctx.threshold), None, None, None
+
+
+# --- public --------------------------------------------------------------------------------------------------------------
+
+
+def philox_dropout(
+    x: torch.Tensor,
+    p: float,
+    *,
+    seed: int | torch.Tensor,
+    noise_ids: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Dropout with a mask from Philox: the same sample, position and stream drop the same columns, however they are batched.
+
+    Args:
+        x: [..., C], any floating dtype; rows may be strided.
+        p: probability of dropping an element, 0 <= p < 1, rounded to a multiple of 2^-16. 0 returns `x` itself.
+        seed: 64-bit key (`noise_key(run_seed, stream)`, one stream a module): an int or a one-element int64 tensor.
+        noise_ids: int32 [..., 3] = (epoch, sample, position) of each row; default (0, 0, row number).
+        backend: "auto", "triton" or "torch"; the masks are equal.
+
+    Returns:
+        [..., C], dtype of `x`. Differentiable once.
+
+    Raises:
+        ValueError: p outside [0, 1), or a wrong shape, dtype, device or range.
+        RuntimeError: the triton backend was asked for and cannot run here.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: expected 0 <= p < 1, got {p}")
+    if x.dim() < 1 or x.dtype not in FLOATS:
+        raise ValueError(f"x: expected a floating tensor [..., C], got {x.dtype} of shape {tuple(x.shape)}")
+    check_seed(seed, x.device)
+    ids_N3 = rows_of_ids(noise_ids, x.shape[:-1], x.device)
+    chosen = resolve_backend(backend, x.device)
+    if p == 0.0:
+        return x
+    threshold = min(round(p * LEVELS), LEVELS - 1)
+    function = _TritonDropout if chosen == "triton" else _TorchDropout
+    return function.apply(as_rows(x), threshold, seed, ids_N3).view(x.shape)

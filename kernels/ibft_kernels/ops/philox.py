@@ -1,0 +1,354 @@
+"""Philox-4x32-10 keyed by the sample: the noise of the bottleneck and the masks of LoRA dropout.
+
+    key      64 bits: low half = run seed, high half = stream (one stream a consumer: z, or one dropout module)
+    counter  (column group, position in the sample, sample's index in the epoch's order, epoch), 32 bits each
+
+A counter-based generator has no state: a token's noise depends on its key and counter alone, so on neither packing nor
+micro-batch, accumulation, rank or resume, and backward recomputes it instead of loading it. One call gives four words;
+call j of a row gives the normals of columns 4j .. 4j + 3.
+
+    uniform  u = ((word >>> 9) + 1/2) 2^-23        exact in fp32, never 0 or 1: every backend has the same u
+    normal   r = sqrt(-2 ln u0),  (r cos 2 pi u1, r sin 2 pi u1)        Box-Muller, fp32
+             words (0, 1) -> columns 4j, 4j + 1        words (2, 3) -> columns 4j + 2, 4j + 3
+
+The angle is reduced exactly as a fraction of a turn, then one odd polynomial serves sine and cosine. That keeps the backends
+within 1e-6 of each other (rounding 2 pi u first costs up to 2e-6 in the tails), and spares kernels the library functions'
+range reduction, which claims local memory for angles that never occur here.
+
+Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011). Words equal `tl.philox` bit for bit.
+Legend: N rows, J calls a row, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .._dispatch import resolve_backend
+from .._triton import tl, triton
+from ._rows import FLOATS, check_seed, rows_of_ids, seed_halves
+
+__all__ = ["noise_key", "philox_normal", "philox_words"]
+
+LOW32 = 0xFFFFFFFF
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # for counter words 0 and 2
+WEYL = (0x9E3779B9, 0xBB67AE85)  # added to the two key words after each round
+
+# sin(2 pi a) = SIN_1 a + a^3 (SIN_3 + SIN_5 a^2 + ...), |a| <= 1/4: minimax fit with SIN_1 held at the fp32 nearest to
+# 2 pi; 8e-9 off in exact arithmetic, 1.7e-7 evaluated in fp32.
+SIN_1, SIN_3, SIN_5, SIN_7, SIN_9 = (
+    6.2831854820251465,
+    -41.341712951660156,
+    81.60400390625,
+    -76.60961151123047,
+    39.9422721862793,
+)
+
+# Calls in flight on the torch path: six int64 buffers of 512 KiB stay in the last-level cache; a GPU wants length.
+CPU_CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 22
+
+
+def noise_key(run_seed: int, stream: int) -> int:
+    """The 64-bit key: `run_seed` modulo 2^32 in the low half, `stream` modulo 2^32 in the high half.
+
+    The result lies in 0 .. 2^64 - 1. An int64 tensor holds the same 64 bits: from 2^63 on, store the key minus 2^64.
+    """
+    return (stream & LOW32) << 32 | (run_seed & LOW32)
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_key(seed_ptr, seed_lo, seed_hi):
+    """The 64-bit key: from the device if a pointer is given, else from two i32 halves (one signature for every seed)."""
+    if seed_ptr is None:
+        key = (seed_hi.to(tl.int64) << 32) | (seed_lo.to(tl.int64) & 0xFFFFFFFF)
+    else:
+        key = tl.load(seed_ptr)
+    return key
+
+
+@triton.jit
+def philox_tile(key, ids_ptr, rows_n, mask_n, group_j):
+    """Four int32 word tiles [BLOCK_N, J] for int64 rows `rows_n` and int32 column groups `group_j`.
+
+    ids_ptr: int32 [N, 3] = (epoch, sample, position), or None: (0, 0, row).
+    """
+    if ids_ptr is None:
+        position_n = rows_n.to(tl.int32)
+        sample_n = tl.zeros_like(position_n)
+        epoch_n = tl.zeros_like(position_n)
+    else:
+        epoch_n = tl.load(ids_ptr + rows_n * 3, mask=mask_n, other=0)
+        sample_n = tl.load(ids_ptr + rows_n * 3 + 1, mask=mask_n, other=0)
+        position_n = tl.load(ids_ptr + rows_n * 3 + 2, mask=mask_n, other=0)
+    zero_nj = tl.zeros([rows_n.shape[0], group_j.shape[0]], tl.int32)
+    w0, w1, w2, w3 = tl.philox(
+        key,
+        zero_nj + group_j[None, :],
+        zero_nj + position_n[:, None],
+        zero_nj + sample_n[:, None],
+        zero_nj + epoch_n[:, None],
+    )
+    return (
+        w0.to(tl.int32, bitcast=True),
+        w1.to(tl.int32, bitcast=True),
+        w2.to(tl.int32, bitcast=True),
+        w3.to(tl.int32, bitcast=True),
+    )
+
+
+@triton.jit
+def interleave4(t0, t1, t2, t3):
+    """Four tiles [N, J] -> [N, 4J], column 4j + i from tile i."""
+    pairs = tl.join(tl.join(t0, t2), tl.join(t1, t3))  # [N, J, i // 2, i % 2]
+    return tl.reshape(pairs, [t0.shape[0], 4 * t0.shape[1]])
+
+
+@triton.jit
+def _uniform(word):
+    return (((word >> 9) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+
+
+@triton.jit
+def _sin_turns(a):
+    q = a * a
+    tail = ((39.9422721862793 * q - 76.60961151123047) * q + 81.60400390625) * q - 41.341712951660156
+    return (a * q) * tail + 6.2831854820251465 * a
+
+
+@triton.jit
+def _box_muller(radius_word, angle_word):
+    r = tl.sqrt_rn(-2.0 * tl.log(_uniform(radius_word)))
+    u = _uniform(angle_word)
+    quarter_back = u - 0.25
+    quarter_back = tl.where(quarter_back > 0.5, quarter_back - 1.0, quarter_back)
+    return r * _sin_turns(tl.abs(u - 0.5) - 0.25), r * _sin_turns(0.25 - tl.abs(quarter_back))
+
+
+@triton.jit
+def philox_normal_tile(key, ids_ptr, rows_n, mask_n, first_column, BLOCK_C: tl.constexpr):
+    """N(0, 1) as fp32 [BLOCK_N, BLOCK_C] for columns first_column .. + BLOCK_C; first_column and BLOCK_C multiples of 4.
+
+    The helper of every kernel that needs noise: forward and backward call it with the same rows and get the same bits.
+    """
+    group_j = first_column // 4 + tl.arange(0, BLOCK_C // 4)
+    w0, w1, w2, w3 = philox_tile(key, ids_ptr, rows_n, mask_n, group_j)
+    n0, n1 = _box_muller(w0, w1)
+    n2, n3 = _box_muller(w2, w3)
+    return interleave4(n0, n1, n2, n3)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "seed_lo", "seed_hi"])
+def philox_kernel(
+    out_ptr,
+    ids_ptr,
+    seed_ptr,
+    seed_lo,
+    seed_hi,
+    n_rows,
+    n_columns,
+    NORMAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out [N, C]: normals, or the raw words (int32, four a call)."""
+    rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_C
+    columns_c = first + tl.arange(0, BLOCK_C)
+    mask_n = rows_n < n_rows
+    key = load_key(seed_ptr, seed_lo, seed_hi)
+    if NORMAL:
+        tile = philox_normal_tile(key, ids_ptr, rows_n, mask_n, first, BLOCK_C)
+    else:
+        w0, w1, w2, w3 = philox_tile(key, ids_ptr, rows_n, mask_n, first // 4 + tl.arange(0, BLOCK_C // 4))
+        tile = interleave4(w0, w1, w2, w3)
+    offsets = rows_n[:, None] * n_columns + columns_c[None, :]
+    tl.store(out_ptr + offsets, tile.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & (columns_c < n_columns)[None, :])
+
+
+# --- launcher ------------------------------------------------------------------------------------------------------------
+
+
+def seed_arguments(seed: int | torch.Tensor) -> tuple[torch.Tensor | None, int, int]:
+    """(seed_ptr, seed_lo, seed_hi) for a kernel. Reading a CPU tensor costs nothing; a device tensor is not read here."""
+    if isinstance(seed, torch.Tensor) and seed.device.type != "cpu":
+        return seed, 0, 0
+    return (None, *seed_halves(int(seed)))
+
+
+def _launch(out_NC: torch.Tensor, seed: int | torch.Tensor, ids_N3: torch.Tensor | None, *, normal: bool) -> None:
+    n_rows, n_columns = out_NC.shape
+    if out_NC.numel() == 0:
+        return
+    block_n, block_c = 16, 128
+    grid = (triton.cdiv(n_rows, block_n), triton.cdiv(n_columns, block_c))
+    philox_kernel[grid](
+        out_NC, ids_N3, *seed_arguments(seed), n_rows, n_columns, NORMAL=normal, BLOCK_N=block_n, BLOCK_C=block_c
+    )
+
+
+# --- torch path ----------------------------------------------------------------------------------------------------------
+
+
+def _round_keys(seed: int | torch.Tensor) -> list[tuple[int, int]] | list[tuple[torch.Tensor, torch.Tensor]]:
+    """The ten key pairs: ints, or 0-d device tensors where the seed lives on a device (which is then not synchronised)."""
+    if isinstance(seed, torch.Tensor) and seed.device.type != "cpu":
+        rounds = torch.arange(ROUNDS, device=seed.device)
+        low, high = (((seed.reshape(1) >> shift) + rounds * step) & LOW32 for shift, step in zip((0, 32), WEYL, strict=True))
+        return list(zip(low.unbind(), high.unbind(), strict=True))
+    key = int(seed)
+    return [tuple(((key >> shift) + i * step) & LOW32 for shift, step in zip((0, 32), WEYL, strict=True)) for i in range(ROUNDS)]
+
+
+def word_chunks(
+    seed: int | torch.Tensor, ids_N3: torch.Tensor | None, n_rows: int, calls: int, device: torch.device
+) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
+    """Philox words of `calls` calls a row, some rows at a time: (rows, four int64 planes [n, J]).
+
+    The words are the planes' low 32 bits; what lies above is undefined. The planes are scratch that the next chunk overwrites.
+    Rounds 1 and 2 run on broadcast shapes (a product of the column word alone, or of the row words alone, is small), the
+    other eight in place. Only a product's factors need clean upper halves, so one `and` a word and round suffices.
+    """
+    keys = _round_keys(seed)
+    column_1J = torch.arange(calls, device=device)[None, :]
+    if ids_N3 is None:
+        position_N1 = torch.arange(n_rows, device=device)[:, None] & LOW32
+        sample_N1 = epoch_N1 = torch.zeros_like(position_N1)
+    else:
+        epoch_N1, sample_N1, position_N1 = (ids_N3.long() & LOW32).split(1, dim=1)
+    chunk = max(1, (CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK) // max(1, calls))
+    scratch = [torch.empty(min(chunk, n_rows), calls, dtype=torch.int64, device=device) for _ in range(6)]
+
+    for start in range(0, n_rows, chunk):
+        rows = slice(start, min(start + chunk, n_rows))
+        c0, c2, spare_a, spare_b, l1, l3 = (buffer[: rows.stop - start] for buffer in scratch)
+        # round 1: the factors are a row and a column
+        product_a, product_b = column_1J * MULTIPLIERS[0], sample_N1[rows] * MULTIPLIERS[1]
+        head_n1 = ((product_b >> 32) ^ position_N1[rows] ^ keys[0][0]) & LOW32
+        torch.bitwise_xor((product_a >> 32) & LOW32 ^ keys[0][1], epoch_N1[rows], out=c2)
+        # round 2: one factor is still a column
+        torch.mul(c2, MULTIPLIERS[1], out=l1)
+        torch.bitwise_xor(l1 >> 32, (product_b ^ keys[1][0]), out=c0).bitwise_and_(LOW32)
+        product_head = head_n1 * MULTIPLIERS[0]
+        torch.bitwise_xor((product_head >> 32) ^ keys[1][1], product_a, out=c2).bitwise_and_(LOW32)
+        low3: torch.Tensor = product_head
+        for k0, k1 in keys[2:]:
+            torch.mul(c2, MULTIPLIERS[1], out=spare_b)
+            torch.mul(c0, MULTIPLIERS[0], out=spare_a)
+            torch.bitwise_right_shift(spare_b, 32, out=c0).bitwise_xor_(l1).bitwise_xor_(k0).bitwise_and_(LOW32)
+            torch.bitwise_right_shift(spare_a, 32, out=c2).bitwise_xor_(low3).bitwise_xor_(k1).bitwise_and_(LOW32)
+            l1, spare_b = spare_b, l1
+            low3, spare_a = spare_a, (l3 if low3 is product_head else low3)
+        yield rows, (c0, l1, c2, low3)
+
+
+def _uniforms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Two word planes -> uniforms, fp32 [2, n, J]."""
+    bits = torch.empty(2, *first.shape, dtype=torch.int32, device=first.device)
+    bits[0].copy_(first)
+    bits[1].copy_(second)
+    return bits.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+
+
+def _sin_turns_torch(a: torch.Tensor) -> torch.Tensor:
+    q = a * a
+    tail = (q * SIN_9).add_(SIN_7).mul_(q).add_(SIN_5).mul_(q).add_(SIN_3)
+    return tail.mul_(q.mul_(a)).add_(a, alpha=SIN_1)
+
+
+def _normals(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Four word planes [n, J] -> normals, fp32 [n, 4J]."""
+    w0, w1, w2, w3 = words
+    r = _uniforms(w0, w2).log_().mul_(-2.0).sqrt_()  # [2, n, J]: one radius and one angle a pair
+    u = _uniforms(w1, w3)
+    quarter_back = u - 0.25
+    quarter_back.sub_(quarter_back.round())
+    out = torch.empty(*w0.shape, 2, 2, device=w0.device)  # [n, J, pair, cosine or sine]
+    planes = out.permute(2, 0, 1, 3)
+    torch.mul(r, _sin_turns_torch((u - 0.5).abs_().sub_(0.25)), out=planes[..., 0])
+    torch.mul(r, _sin_turns_torch(quarter_back.abs_().neg_().add_(0.25)), out=planes[..., 1])
+    return out.view(w0.shape[0], -1)
+
+
+# --- public --------------------------------------------------------------------------------------------------------------
+
+
+def _leading(noise_ids: torch.Tensor, seed: int | torch.Tensor, columns: int) -> tuple[torch.Size, torch.Tensor]:
+    if noise_ids.dim() < 1:
+        raise ValueError("noise_ids: expected shape [..., 3], got a 0-d tensor")
+    if columns < 0:
+        raise ValueError(f"columns: expected 0 or more, got {columns}")
+    check_seed(seed, noise_ids.device)
+    shape = noise_ids.shape[:-1]
+    ids_N3 = rows_of_ids(noise_ids, shape, noise_ids.device)
+    assert ids_N3 is not None
+    return shape, ids_N3
+
+
+def philox_words(
+    seed: int | torch.Tensor, noise_ids: torch.Tensor, calls: int, *, backend: str = "auto"
+) -> torch.Tensor:
+    """The generator's integers: int32 [..., calls, 4], each the bit pattern of an unsigned word. Arguments as `philox_normal`."""
+    shape, ids_N3 = _leading(noise_ids, seed, calls)
+    out = torch.empty(ids_N3.shape[0], calls, 4, dtype=torch.int32, device=ids_N3.device)
+    if resolve_backend(backend, ids_N3.device) == "triton":
+        _launch(out.view(-1, 4 * calls), seed, ids_N3, normal=False)
+    else:
+        for rows, words in word_chunks(seed, ids_N3, ids_N3.shape[0], calls, ids_N3.device):
+            for i, word in enumerate(words):
+                out[rows, :, i].copy_(word)
+    return out.view(*shape, calls, 4)
+
+
+def philox_normal(
+    seed: int | torch.Tensor,
+    noise_ids: torch.Tensor,
+    columns: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """N(0, 1) noise that depends on the key and on each row's ids, and on nothing else.
+
+    Args:
+        seed: 64-bit key, see `noise_key`; an int, or a one-element int64 tensor (never copied to the host).
+        noise_ids: int32 [..., 3] = (epoch, sample's index in the epoch's order, position in the sample).
+        columns: how many normals a row.
+        dtype: of the result; the noise is computed in fp32 and cast.
+        backend: "auto", "triton" or "torch"; they agree within 1e-6, on the same integers.
+
+    Returns:
+        [..., columns] on the device of `noise_ids`.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or range.
+        RuntimeError: the triton backend was asked for and cannot run here.
+    """
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
+    shape, ids_N3 = _leading(noise_ids, seed, columns)
+    if resolve_backend(backend, ids_N3.device) == "triton":
+        out = torch.empty(ids_N3.shape[0], columns, dtype=dtype, device=ids_N3.device)
+        _launch(out, seed, ids_N3, normal=True)
+    else:
+        out = normal_rows(seed, ids_N3, ids_N3.shape[0], columns, ids_N3.device, dtype)
+    return out.view(*shape, columns)
+
+
+def normal_rows(
+    seed: int | torch.Tensor,
+    ids_N3: torch.Tensor | None,
+    n_rows: int,
+    columns: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The torch path of `philox_normal` on checked rows [N, 3] (None: position = row number); [N, columns]."""
+    out = torch.empty(n_rows, columns, dtype=dtype, device=device)
+    for rows, words in word_chunks(seed, ids_N3, n_rows, -(-columns // 4), device):
+        out[rows].copy_(_normals(words)[:, :columns])
+    return out
