@@ -44,7 +44,7 @@ venv: $(READY)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v git >/dev/null || { echo "error: git is missing" >&2; exit 1; }
-	@python=; for candidate in python3.13 python3.12 python3.11 python3 python; do \
+	@python=; for candidate in python3 python3.13 python3.12 python3.11; do \
 	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
 	  then python=$$candidate; break; fi; done; \
 	if [ -z "$$python" ]; then \

@@ -108,14 +108,20 @@ class TrainConfig(Section):
     clip_mode: Literal["joint", "per_group"] = "joint"
     """joint: one norm over everything; per_group: LoRA and bottleneck clipped apart."""
     gradient_checkpointing: bool = True
-    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
-    """auto: bf16 where the device has it, else fp16 on CUDA, else fp32."""
+    mixed_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where a GPU has it, else fp16; fp32 on a CPU. (accelerate's `no` is fp32.)"""
     logging_steps: PositiveInt = 10
     eval_steps: PositiveInt | None = None
     """Evaluate on the held-out rows every so many steps; default: after each epoch. Always at the end."""
     per_device_eval_batch_size: PositiveInt = 4
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers beside metrics.jsonl."""
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_fp32(cls, value: object) -> object:
+        # YAML reads a bare `no` as false
+        return "fp32" if value in (False, "no") else value
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -95,11 +95,13 @@ class Trainer:
         norms = gradient_norms(self.groups)
         if self.check_finite(parts, norms):
             clip_gradients(self.groups, norms, self.config.train)
+        rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.window.add(micro_batches)
-        return {"parts": parts, "norms": norms, "kl_tokens": sum(batch.num_kl_tokens for batch in micro_batches)}
+        kl_tokens = sum(batch.num_kl_tokens for batch in micro_batches)
+        return {"parts": parts, "norms": norms, "kl_tokens": kl_tokens, "learning_rate": rate}
 
     def backward(self, micro_batches: list[Batch], *, collect: bool = False) -> LossParts:
         """Accumulate the gradient of a global batch (scaled by the fp16 scaler where there is one, then unscaled).
@@ -198,7 +200,7 @@ class Trainer:
             values |= parts.latent_sums.summary(row["kl_tokens"])
         values |= {f"grad_norm_{name}": float(norm) for name, norm in row["norms"].items()}
         values |= {
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": row["learning_rate"],
             "tokens_per_second": tokens / seconds,
             "memory_mib": peak_memory_mib(self.accelerator.device),
         }

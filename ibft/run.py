@@ -214,10 +214,10 @@ def choose_device(config: Config) -> torch.device:
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Compute dtype. Masters of LoRA and bottleneck are fp32 in any case."""
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if config.mixed_precision != "auto":
         if config.mixed_precision == "fp16" and device.type == "cpu":
-            raise ConfigError("train.mixed_precision=fp16 needs a GPU: use bf16 or no on a CPU")
+            raise ConfigError("train.mixed_precision=fp16 needs a GPU: use bf16 or fp32 on a CPU")
         return named[config.mixed_precision]
     if device.type == "cpu":
         return torch.float32

@@ -122,17 +122,15 @@ def _read_parquet(file: Path) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        # ParquetFile, not read_table: the latter also reads columns into folder names such as `lang=python/`.
         return parquet.ParquetFile(file).read().to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable parquet file: {_first_line(error)}") from error
 
 
 def _read_hub(path: str, split: str) -> list[Row]:
-    import httpx
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError
 
     try:
         return load_dataset(path, split=split).to_list()
@@ -148,7 +146,8 @@ def _read_hub(path: str, split: str) -> list[Row]:
             f"{path}: neither a file nor a data set on the hub; check the spelling, "
             "or run `hf auth login` if it is private"
         ) from error
-    except (HfHubHTTPError, httpx.HTTPError, ConnectionError, TimeoutError) as error:
+    # HTTPError, whichever HTTP library the hub client uses: its own errors and those of the transport.
+    except (HTTPError, ConnectionError, TimeoutError) as error:
         raise SetupError(
             f"{path}: no such file, and the hub cannot be reached ({_first_line(error)}); with a network, "
             f"run `hf download --repo-type dataset {path}`, or give a local file"

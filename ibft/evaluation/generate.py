@@ -1,4 +1,8 @@
-"""Greedy completions of a list of prompts, leaving the model as it was."""
+"""Greedy completions of a list of prompts, leaving the model as it was.
+
+The loop is the project's own and not `model.generate`: that merges in whatever the model was published with (sampling,
+penalties, lengths), so that "greedy" would depend on the model, and it warns about every such setting.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
 
 from ibft.data.encode import SEPARATOR, encode_prompts
 
@@ -48,7 +52,6 @@ def generate(
     prompt_ids = encode_prompts(prompts, tokenizer)
     stop_ids = _stop_ids(model, tokenizer)
     pad_id = next((i for i in (tokenizer.pad_token_id, *sorted(stop_ids)) if i is not None), 0)
-    config = _greedy(max_new_tokens, sorted(stop_ids), pad_id)
     completions = [""] * len(prompts)
     # Longest first: memory runs out in the first batch or not at all.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
@@ -56,12 +59,9 @@ def generate(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             input_ids, attention_mask = _left_pad([prompt_ids[i] for i in chosen], pad_id)
-            output = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                generation_config=config,
-            )
-            for i, ids in zip(chosen, output[:, input_ids.shape[1] :].tolist(), strict=True):
+            stop = torch.tensor(sorted(stop_ids), device=model.device)
+            new_ids = _greedy(model, input_ids.to(model.device), attention_mask.to(model.device), max_new_tokens, stop)
+            for i, ids in zip(chosen, new_ids.tolist(), strict=True):
                 completions[i] = _decode(tokenizer, _before_stop(ids, stop_ids))
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
@@ -74,21 +74,29 @@ def extract_code(completion: str) -> str:
     return match.group(1) if match else completion
 
 
-def _greedy(max_new_tokens: int, stop_ids: list[int], pad_id: int) -> GenerationConfig:
-    # Sampling settings and penalties are spelt out: what is left open would come from the model's own generation
-    # settings (Qwen2.5, say, has a repetition penalty), and this would be neither greedy nor free of warnings.
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        use_cache=True,
-        eos_token_id=stop_ids or None,
-        pad_token_id=pad_id,
-    )
+def _greedy(model: Any, ids: Tensor, mask: Tensor, max_new_tokens: int, stop: Tensor) -> Tensor:
+    """Continue left-padded ids [B, T], mask [B, T], by [B, new] ids; new <= max_new_tokens, less if all rows stop."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    stopped = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+    cache = None
+    new_ids: list[Tensor] = []
+    while True:
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        ids = output.logits[:, -1].argmax(-1, keepdim=True)
+        new_ids.append(ids)
+        stopped |= torch.isin(ids, stop)
+        if len(new_ids) == max_new_tokens or stopped.all():
+            return torch.cat(new_ids, dim=1)
+        cache = output.past_key_values
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        positions = positions[:, -1:] + 1
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
@@ -110,7 +118,7 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _left_pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, both [B, T] int64."""
     width = max(map(len, sequences))
     ids = torch.tensor([[pad_id] * (width - len(s)) + s for s in sequences])

@@ -1,7 +1,7 @@
 """One composition of blocks, as English and as Python.
 
-`describe` gives the nominal phrase ("the sum of the squares of the even numbers in the list"), `order` the same as a
-sequence of steps, `one_line` and `loop` the function's two writings. All choices come from the caller's `random.Random`.
+`describe` gives the nominal phrase ("the sum of the squares of the even numbers in the list"), `order` the same as
+steps, `one_line` and `loop` the function's two writings. All choices come from the caller's `random.Random`.
 """
 
 import random
@@ -12,10 +12,12 @@ from typing import Any
 
 from .primitives import FAMILIES, Family, Filter, Fold, Map
 
-_VERBS = ("get", "make", "find", "build", "run", "do", "solve", "take", "read", "scan", "work", "give", "pick", "form",
-          "use", "try", "call", "apply", "check", "fetch", "gather", "handle", "compute", "process")  # fmt: skip
-_NOUNS = ("result", "answer", "output", "data", "thing", "case", "part", "piece", "entry", "record", "field", "unit",
-          "block", "stage", "level", "point", "figure", "score", "sample", "report", "task", "job", "view", "plan")  # fmt: skip
+# Words that say nothing about a task and hardly occur in its English: what looks like a name is one.
+_VERBS = ("get", "make", "find", "build", "run", "do", "solve", "scan", "fetch", "handle", "compute", "process",
+          "load", "parse", "render", "track", "merge", "plan", "test", "trace")  # fmt: skip
+_NOUNS = ("result", "answer", "output", "data", "thing", "entry", "record", "field", "unit", "block", "stage", "level",
+          "figure", "score", "sample", "report", "task", "job", "view", "batch", "signal", "budget", "ticket",
+          "profile")  # fmt: skip
 
 
 def function_name(rng: random.Random) -> str:
@@ -37,16 +39,19 @@ class Composition:
         """Stable identity, `family:filter|map|fold`."""
         return f"{self.family.name}:{self.filter.key}|{self.map.key}|{self.fold.key}"
 
-    def describe(self, rng: random.Random) -> str:
-        """The result as a noun phrase, e.g. `the sum of the even numbers in the list`."""
-        items = f"{rng.choice(self.filter.nouns)} {self.family.place}"
-        noun = rng.choice(self.map.nouns)
-        return rng.choice(self.fold.nouns).format(items=items, key=noun, mapped=noun.format(items=items))
+    def describe(self, rng: random.Random, plain: bool = False) -> str:
+        """The result as a noun phrase, e.g. `the sum of the even numbers in the list`.
 
-    def order(self, rng: random.Random) -> str:
+        `plain` takes each block's first wording; else one is drawn.
+        """
+        items = f"{_pick(self.filter.nouns, rng, plain)} {self.family.place}"
+        noun = _pick(self.map.nouns, rng, plain)
+        return _pick(self.fold.nouns, rng, plain).format(items=items, key=noun, mapped=noun.format(items=items))
+
+    def order(self, rng: random.Random, plain: bool = False) -> str:
         """The result as steps, e.g. `keep only the even numbers, square each one, then add them up`."""
-        steps = [rng.choice(block.steps) for block in (self.filter, self.map) if block.steps]
-        steps.append(rng.choice(self.fold.steps).format(key=rng.choice(self.map.nouns)))
+        steps = [_pick(block.steps, rng, plain) for block in (self.filter, self.map) if block.steps]
+        steps.append(_pick(self.fold.steps, rng, plain).format(key=_pick(self.map.nouns, rng, plain)))
         return steps[0] if len(steps) == 1 else f"{', '.join(steps[:-1])}, then {steps[-1]}"
 
     def one_line(self, name: str, arg: str, var: str) -> str:
@@ -78,6 +83,10 @@ class Composition:
         element = self.map.expr.format(v=var)
         condition = f" if {self.filter.cond.format(v=var)}" if self.filter.cond else ""
         return template.format(v=var, it=self.family.iterable.format(arg=arg), e=element, if_=condition)
+
+
+def _pick(wordings: tuple[str, ...], rng: random.Random, plain: bool) -> str:
+    return wordings[0] if plain else rng.choice(wordings)
 
 
 def compositions(family: Family) -> list[Composition]:

@@ -1,7 +1,7 @@
 """Makes the bundled programming tasks: `python -m ibft.tiny.generator --out DIR`.
 
-Every task is a distinct composition of known blocks (`primitives`), told apart from *every other* function of its family
-by its unit tests. The compositions fall into four disjoint sets, the same for the same seed:
+Every task is a distinct composition of known blocks (`primitives`), told apart from *every other* function of its
+family by its unit tests. The compositions fall into four disjoint sets, the same for the same seed:
 
     train, validation, test    the task files; test compositions occur nowhere else
     pool                       what the base model was pretrained on (`corpus`); no task composition is in it
@@ -34,8 +34,11 @@ _TEMPLATES = (
     "I need a Python function named {name} which returns {noun}.",
     "Implement {name}: from {given}, {order}.",
 )
-_VOCABULARY = ("level apple Otter sees banana Is cats radar a trees ant Egg moms KAYAK Anna noon bus as Kiwi grass "
-               "eel oxen Xylo civic uncle dogs fly It ROTOR tea 42 7up b2b atlas stats").split()  # fmt: skip
+_VOCABULARY = [
+    "level", "apple", "Otter", "sees", "banana", "Is", "cats", "radar", "a", "trees", "ant", "Egg", "moms",
+    "KAYAK", "Anna", "noon", "bus", "as", "Kiwi", "grass", "eel", "oxen", "Xylo", "civic", "uncle", "dogs", "fly",
+    "It", "ROTOR", "tea", "42", "7up", "b2b", "atlas", "stats",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The building blocks of the tiny tasks: families of small functions, each `filter | map | fold` over one iterable.
 
-A task is one filter, one map and one fold of a family. Every block carries its English in two moods, since the corpus of
-the base model and the fine-tuning tasks present the same functions differently:
+A task is one filter, one map and one fold of a family. Every block carries its English in two moods, since the corpus
+of the base model and the fine-tuning tasks present the same functions differently:
 
     noun   "the squares of {items}"        used in a description: "the sum of the squares of the even numbers"
     step   "square each one"               used in an order: "keep the even numbers, square each one, then add them up"
@@ -224,7 +224,8 @@ _ORDER_FOLDS = (
     Fold("top2", ("the two of {items} with the lowest {key}", "the two with the smallest {key} of {items}"),
          ("return the two with the lowest {key}",),
          "return sorted([{v} for {v} in {it}{if_}], key=lambda {v}: {e})[:2]"),
-    Fold("best", ("the one of {items} with the highest {key} or None", "the one with the largest {key} of {items} or None"),
+    Fold("best", ("the one of {items} with the highest {key} or None",
+                  "the one with the largest {key} of {items} or None"),
          ("return the one with the highest {key} or None", "choose by highest {key} or give None"),
          "return max([{v} for {v} in {it}{if_}], key=lambda {v}: {e}, default=None)"),
     Fold("tally", ("a dict that counts {items} by {key}", "counts of {items} for each {key}"),

@@ -1,8 +1,8 @@
 """Which implementation runs: `backend="auto" | "triton" | "torch"`, the same rule for every op.
 
-`auto` takes Triton for CUDA tensors, and for CPU tensors under TRITON_INTERPRET=1; else PyTorch. An explicit request that
-cannot be met raises and says why. Triton reads TRITON_INTERPRET when a kernel is defined, so set it before importing this
-package.
+`auto` takes Triton for CUDA tensors, and for CPU tensors under TRITON_INTERPRET=1; else PyTorch. An explicit request
+that cannot be met raises and says why. Triton reads TRITON_INTERPRET when a kernel is defined, so set it before
+importing this package.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 
 from ._triton import HAVE_TRITON, triton
 
-__all__ = ["Backend", "resolve_backend"]
+__all__ = ["INTERPRETED", "Backend", "resolve_backend"]
 
 Backend = Literal["auto", "triton", "torch"]
 
 # Read once, at the import that also defines the kernels: later changes of the variable do not change them.
-_INTERPRETED = HAVE_TRITON and bool(triton.knobs.runtime.interpret)
+INTERPRETED = HAVE_TRITON and bool(triton.knobs.runtime.interpret)
 
 
 def resolve_backend(backend: str, device: torch.device) -> Literal["triton", "torch"]:
@@ -43,7 +43,7 @@ def resolve_backend(backend: str, device: torch.device) -> Literal["triton", "to
 def _triton_obstacle(device: torch.device) -> str | None:
     if not HAVE_TRITON:
         return "triton is not installed"
-    if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
+    if device.type == "cuda" or (device.type == "cpu" and INTERPRETED):
         return None
     if device.type == "cpu":
         return "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the import"

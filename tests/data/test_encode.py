@@ -73,7 +73,7 @@ def test_the_first_token_is_never_a_label():
 def test_truncation_and_drops_are_counted(tokenizer):
     rows = [
         {"prompt": "abc", "response": "wxyz"},  # 4 + 4 + 1 = 9 tokens: loses y, z and EOS
-        {"prompt": "abcde", "response": "x"},  # prompt and separator fill 6: no label left
+        {"prompt": "abcdefg", "response": "x"},  # prompt and separator are 8: no label left, x and EOS lost
         {"prompt": "a", "response": "xyz"},  # 2 + 3 + 1 = 6: fits exactly
         {"prompt": "a", "response": "x"},
     ]
@@ -81,7 +81,8 @@ def test_truncation_and_drops_are_counted(tokenizer):
     assert [tokenizer.decode(s.input_ids) for s in data.samples] == ["abc\nwx", "a\nxyz<eos>", "a\nx<eos>"]
     assert (data.rows, data.dropped, data.truncated, data.lost_label_tokens) == (4, 1, 1, 3 + 2)
     assert data.summary() == (
-        "3 samples, 16 tokens, 8 of them labels; 1 truncated; 1 of 4 rows dropped (no label token left); 5 label tokens lost"
+        "3 samples, 16 tokens, 8 of them labels; 1 truncated; 1 of 4 rows dropped (no label token left); "
+        "5 label tokens lost"
     )
 
 

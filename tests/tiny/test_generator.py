@@ -87,8 +87,9 @@ def test_loop_and_one_line_mean_the_same():
     for composition in all_compositions():
         namespace: dict[str, Any] = {}
         exec(composition.loop("loop", "data", "x", note="a note"), namespace)
+        one_line = composition.function()
         for value in probes(composition.family.probe)[:20]:
-            assert namespace["loop"](value) == composition.function()(value), composition.key
+            assert namespace["loop"](value) == one_line(value), composition.key
 
 
 @pytest.mark.parametrize(
@@ -128,11 +129,11 @@ def test_the_corpus_shows_only_the_pool(monkeypatch):
     stream = corpus.documents(seed=3, instruction_share=0.5)
     texts = [next(stream) for _ in range(3000)]
     held_out = {row["composition"] for name in SPLITS for row in ROWS[name]}
-    assert len(texts) == len(shown)
+    assert 2000 < len(shown) < len(texts), "the rest only calls functions"
     assert not held_out & {c.key for c in shown}
     assert not {row["instruction"] for name in SPLITS for row in ROWS[name]} & {t.split("\n")[0] for t in texts}
     for text in texts:
-        compile(text if text.startswith(("def ", "#")) else text.split("\n", 1)[1], "document", "exec")
+        compile(text if text.startswith(("def ", "#", "from tools")) else text.split("\n", 1)[1], "document", "exec")
 
 
 def test_unknown_names_are_refused():

@@ -13,14 +13,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_seed(seed: int | torch.Tensor, device: torch.device) -> None:
-    """Raise ValueError unless `seed` is a 64-bit int (either signedness) or a one-element int64 tensor on CPU or `device`."""
+    """Raise ValueError unless `seed` is a 64-bit int, signed or not, or an int64 tensor [1] on the CPU or `device`."""
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(
                 f"seed: expected an int or a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}"
             )
         if seed.device.type != "cpu" and seed.device != device:
-            raise ValueError(f"seed: expected a tensor on cpu or {device}, got {seed.device}")
+            raise ValueError(f"seed: expected a tensor on the CPU or {device}, got {seed.device}")
     elif isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed: expected an int or a one-element int64 tensor, got {type(seed).__name__}")
     elif not -(1 << 63) <= seed < 1 << 64:
@@ -42,7 +42,7 @@ def _signed32(word: int) -> int:
 
 
 def rows_of_ids(noise_ids: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
-    """`noise_ids` [*shape, 3] as contiguous [N, 3]; None passes through. Raises ValueError on a wrong shape, dtype or device."""
+    """`noise_ids` [*shape, 3] as contiguous [N, 3], None as None. ValueError on a wrong shape, dtype or device."""
     if noise_ids is None:
         return None
     if noise_ids.dtype != torch.int32:
@@ -55,7 +55,7 @@ def rows_of_ids(noise_ids: torch.Tensor | None, shape: torch.Size, device: torch
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., C] as [N, C] with adjacent columns. The two halves of one [..., 2C] tensor stay views: only a row stride differs."""
+    """[..., C] as [N, C] with adjacent columns. A half of a [..., 2C] tensor stays a view, with its row stride."""
     columns = x.shape[-1]
     rows = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
     return rows if rows.stride(-1) == 1 or columns <= 1 else rows.contiguous()

@@ -1,11 +1,11 @@
-"""Dropout whose mask is a function of the sample, not of a generator's state: a packed, resumed or re-batched run drops the same.
+"""Dropout whose mask is a function of the sample: a packed, resumed or re-batched run drops the same elements.
 
-    y = x * keep / (1 - t / 65536)        t = round(p * 65536)        keep = (16 random bits, as a signed integer) >= t - 32768
+    y = x * keep / (1 - t / 65536)        t = round(p * 65536)        keep = (16 random bits, signed) >= t - 32768
 
-Sixteen bits decide one element, so a Philox call (key and counter as in `philox`) serves eight columns: counter word 0 is
-column // 8, word i of call j decides column 8j + 2i with its low half and 8j + 2i + 1 with its high half. That halves the
-integer work of four columns a call, and costs p a rounding of at most 2^-17 (the scale uses the rounded p, so the mean stays
-exact). The counters repeat those of the normals; the stream in the key keeps the two apart.
+Sixteen bits decide one element, so a Philox call (key and counter as in `philox`) serves eight columns: counter word
+0 is column // 8, word i of call j decides column 8j + 2i with its low half and 8j + 2i + 1 with its high half. That
+halves the integer work of four columns a call, and costs p a rounding of at most 2^-17 (the scale uses the rounded p,
+so the mean stays exact). The counters repeat those of the normals; the stream in the key keeps the two apart.
 
 Saved for backward: nothing on the Triton path (the mask is recomputed); one byte an element on the torch path, where
 recomputing costs three times what reading the byte does.
@@ -19,15 +19,16 @@ from torch.autograd.function import once_differentiable
 
 from .._dispatch import resolve_backend
 from .._triton import tl, triton
+from ._philox_triton import interleave4, load_key, philox_tile, seed_arguments, tile_shape
 from ._rows import FLOATS, as_rows, check_seed, rows_of_ids
-from .philox import interleave4, load_key, philox_tile, seed_arguments, word_chunks
+from .philox import word_chunks
 
 __all__ = ["philox_dropout"]
 
 LEVELS = 1 << 16
 
 
-# --- kernel --------------------------------------------------------------------------------------------------------------
+# --- kernel ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _low_half(word):
     return (word << 16) >> 16  # arithmetic: the low 16 bits, sign-extended
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "threshold", "seed_lo", "seed_hi"])
+@triton.jit(do_not_specialize=["n_rows", "threshold", "seed_lo", "seed_hi"])
 def dropout_kernel(
     x_ptr,
     y_ptr,
@@ -51,7 +52,7 @@ def dropout_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = x * keep * scale: the forward for x, and with dy for x the whole backward. Reads and writes each element once."""
+    """y = x * keep * scale. With dy for x it is the whole backward. Each element is read once and written once."""
     rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * BLOCK_C
     columns_c = first + tl.arange(0, BLOCK_C)
@@ -61,7 +62,11 @@ def dropout_kernel(
     w0, w1, w2, w3 = philox_tile(key, ids_ptr, rows_n, mask_n, first // 8 + tl.arange(0, BLOCK_C // 8))
     words = interleave4(w0, w1, w2, w3)
     bits = tl.reshape(tl.join(_low_half(words), words >> 16), [BLOCK_N, BLOCK_C])
-    scale = 65536.0 / (65536 - threshold).to(COMPUTE)
+    kept = (65536 - threshold).to(COMPUTE)
+    if COMPUTE == tl.float64:  # noqa: SIM108, SIM300 (the branch is chosen at compile time)
+        scale = 65536.0 / kept
+    else:
+        scale = tl.div_rn(65536.0, kept)  # `/` may be two units off in fp32
     x = tl.load(x_ptr + rows_n[:, None] * stride_xn + columns_c[None, :], mask=mask_nc).to(COMPUTE)
     # a product, not a choice: a NaN under a dropped element still shows, as in torch
     y = x * tl.where(bits >= threshold - 32768, scale, 0.0)
@@ -69,16 +74,14 @@ def dropout_kernel(
     tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask_nc)
 
 
-# --- launcher and torch path ---------------------------------------------------------------------------------------------
+# --- launcher and torch path ----------------------------------------------------------------------
 
 
-def _launch(
-    x_NC: torch.Tensor, threshold: int, seed: int | torch.Tensor, ids_N3: torch.Tensor | None
-) -> torch.Tensor:
+def _launch(x_NC: torch.Tensor, threshold: int, seed: int | torch.Tensor, ids_N3: torch.Tensor | None) -> torch.Tensor:
     y_NC = torch.empty(x_NC.shape, dtype=x_NC.dtype, device=x_NC.device)
     if x_NC.numel():
         n_rows, n_columns = x_NC.shape
-        block_n, block_c = 16, 128
+        block_n, block_c = tile_shape(n_columns)
         grid = (triton.cdiv(n_rows, block_n), triton.cdiv(n_columns, block_c))
         compute = tl.float64 if x_NC.dtype == torch.float64 else tl.float32
         dropout_kernel[grid](
@@ -89,7 +92,12 @@ def _launch(
 
 
 def _keep_mask(
-    n_rows: int, columns: int, threshold: int, seed: int | torch.Tensor, ids_N3: torch.Tensor | None, device: torch.device
+    n_rows: int,
+    columns: int,
+    threshold: int,
+    seed: int | torch.Tensor,
+    ids_N3: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor:
     """1 for a kept element, 0 for a dropped one: uint8 [N, C]."""
     calls = -(-columns // 8)
@@ -98,9 +106,9 @@ def _keep_mask(
         packed = torch.empty(*words[0].shape, 4, dtype=torch.int32, device=device)
         for i, word in enumerate(words):
             packed[..., i].copy_(word)
-        # Integers this small are exact in fp32, whose arithmetic torch vectorises; a comparison to bool takes four times as long.
-        bits = packed.view(torch.int16).flatten(1).float()
-        keep_NC[rows].copy_(bits.sub_(threshold - 32769).clamp_(0, 1)[:, :columns])
+        # keep = clamp(bits, s - 1, s) - (s - 1), s = threshold - 32768: vectorised, as a comparison to bool is not
+        bits = packed.view(torch.int16).flatten(1)
+        keep_NC[rows].copy_(bits.clamp_(threshold - 32769, threshold - 32768).sub_(threshold - 32769)[:, :columns])
     return keep_NC
 
 
@@ -109,7 +117,7 @@ def _scaled(x: torch.Tensor, keep: torch.Tensor, threshold: int) -> torch.Tensor
     return keep.to(compute).mul_(LEVELS / (LEVELS - threshold)).mul_(x).to(x.dtype)
 
 
-# --- autograd ------------------------------------------------------------------------------------------------------------
+# --- autograd -------------------------------------------------------------------------------------
 
 
 class _TritonDropout(torch.autograd.Function):
@@ -142,7 +150,7 @@ class _TorchDropout(torch.autograd.Function):
         return _scaled(dy_NC, keep_NC, ctx.threshold), None, None, None
 
 
-# --- public --------------------------------------------------------------------------------------------------------------
+# --- public ---------------------------------------------------------------------------------------
 
 
 def philox_dropout(
@@ -153,11 +161,11 @@ def philox_dropout(
     noise_ids: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Dropout with a mask from Philox: the same sample, position and stream drop the same columns, however they are batched.
+    """Dropout with a mask from Philox: a sample's position and stream decide what drops, however it is batched.
 
     Args:
         x: [..., C], any floating dtype; rows may be strided.
-        p: probability of dropping an element, 0 <= p < 1, rounded to a multiple of 2^-16. 0 returns `x` itself.
+        p: probability of dropping an element, 0 <= p < 1, rounded to a multiple of 2^-16; 0 then returns `x`.
         seed: 64-bit key (`noise_key(run_seed, stream)`, one stream a module): an int or a one-element int64 tensor.
         noise_ids: int32 [..., 3] = (epoch, sample, position) of each row; default (0, 0, row number).
         backend: "auto", "triton" or "torch"; the masks are equal.
@@ -176,8 +184,8 @@ def philox_dropout(
     check_seed(seed, x.device)
     ids_N3 = rows_of_ids(noise_ids, x.shape[:-1], x.device)
     chosen = resolve_backend(backend, x.device)
-    if p == 0.0:
-        return x
     threshold = min(round(p * LEVELS), LEVELS - 1)
+    if threshold == 0:
+        return x
     function = _TritonDropout if chosen == "triton" else _TorchDropout
     return function.apply(as_rows(x), threshold, seed, ids_N3).view(x.shape)

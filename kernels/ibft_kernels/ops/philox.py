@@ -11,9 +11,9 @@ call j of a row gives the normals of columns 4j .. 4j + 3.
     normal   r = sqrt(-2 ln u0),  (r cos 2 pi u1, r sin 2 pi u1)        Box-Muller, fp32
              words (0, 1) -> columns 4j, 4j + 1        words (2, 3) -> columns 4j + 2, 4j + 3
 
-The angle is reduced exactly as a fraction of a turn, then one odd polynomial serves sine and cosine. That keeps the backends
-within 1e-6 of each other (rounding 2 pi u first costs up to 2e-6 in the tails), and spares kernels the library functions'
-range reduction, which claims local memory for angles that never occur here.
+The angle is reduced exactly as a fraction of a turn, then one odd polynomial serves sine and cosine. That keeps the
+backends within 1e-6 of each other (rounding 2 pi u first costs up to 2e-6 in the tails), and spares kernels the
+library functions' range reduction, which claims local memory for angles that never occur here.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011). Words equal `tl.philox` bit for bit.
 Legend: N rows, J calls a row, C columns.
@@ -22,12 +22,13 @@ Legend: N rows, J calls a row, C columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from .._dispatch import resolve_backend
-from .._triton import tl, triton
-from ._rows import FLOATS, check_seed, rows_of_ids, seed_halves
+from ._philox_triton import launch_philox
+from ._rows import FLOATS, check_seed, rows_of_ids
 
 __all__ = ["noise_key", "philox_normal", "philox_words"]
 
@@ -58,150 +59,14 @@ def noise_key(run_seed: int, stream: int) -> int:
     return (stream & LOW32) << 32 | (run_seed & LOW32)
 
 
-# --- kernels -------------------------------------------------------------------------------------------------------------
+# --- torch path -----------------------------------------------------------------------------------
 
 
-@triton.jit
-def load_key(seed_ptr, seed_lo, seed_hi):
-    """The 64-bit key: from the device if a pointer is given, else from two i32 halves (one signature for every seed)."""
-    if seed_ptr is None:
-        key = (seed_hi.to(tl.int64) << 32) | (seed_lo.to(tl.int64) & 0xFFFFFFFF)
-    else:
-        key = tl.load(seed_ptr)
-    return key
-
-
-@triton.jit
-def philox_tile(key, ids_ptr, rows_n, mask_n, group_j):
-    """Four int32 word tiles [BLOCK_N, J] for int64 rows `rows_n` and int32 column groups `group_j`.
-
-    ids_ptr: int32 [N, 3] = (epoch, sample, position), or None: (0, 0, row).
-    """
-    if ids_ptr is None:
-        position_n = rows_n.to(tl.int32)
-        sample_n = tl.zeros_like(position_n)
-        epoch_n = tl.zeros_like(position_n)
-    else:
-        epoch_n = tl.load(ids_ptr + rows_n * 3, mask=mask_n, other=0)
-        sample_n = tl.load(ids_ptr + rows_n * 3 + 1, mask=mask_n, other=0)
-        position_n = tl.load(ids_ptr + rows_n * 3 + 2, mask=mask_n, other=0)
-    zero_nj = tl.zeros([rows_n.shape[0], group_j.shape[0]], tl.int32)
-    w0, w1, w2, w3 = tl.philox(
-        key,
-        zero_nj + group_j[None, :],
-        zero_nj + position_n[:, None],
-        zero_nj + sample_n[:, None],
-        zero_nj + epoch_n[:, None],
-    )
-    return (
-        w0.to(tl.int32, bitcast=True),
-        w1.to(tl.int32, bitcast=True),
-        w2.to(tl.int32, bitcast=True),
-        w3.to(tl.int32, bitcast=True),
-    )
-
-
-@triton.jit
-def interleave4(t0, t1, t2, t3):
-    """Four tiles [N, J] -> [N, 4J], column 4j + i from tile i."""
-    pairs = tl.join(tl.join(t0, t2), tl.join(t1, t3))  # [N, J, i // 2, i % 2]
-    return tl.reshape(pairs, [t0.shape[0], 4 * t0.shape[1]])
-
-
-@triton.jit
-def _uniform(word):
-    return (((word >> 9) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-
-
-@triton.jit
-def _sin_turns(a):
-    q = a * a
-    tail = ((39.9422721862793 * q - 76.60961151123047) * q + 81.60400390625) * q - 41.341712951660156
-    return (a * q) * tail + 6.2831854820251465 * a
-
-
-@triton.jit
-def _box_muller(radius_word, angle_word):
-    r = tl.sqrt_rn(-2.0 * tl.log(_uniform(radius_word)))
-    u = _uniform(angle_word)
-    quarter_back = u - 0.25
-    quarter_back = tl.where(quarter_back > 0.5, quarter_back - 1.0, quarter_back)
-    return r * _sin_turns(tl.abs(u - 0.5) - 0.25), r * _sin_turns(0.25 - tl.abs(quarter_back))
-
-
-@triton.jit
-def philox_normal_tile(key, ids_ptr, rows_n, mask_n, first_column, BLOCK_C: tl.constexpr):
-    """N(0, 1) as fp32 [BLOCK_N, BLOCK_C] for columns first_column .. + BLOCK_C; first_column and BLOCK_C multiples of 4.
-
-    The helper of every kernel that needs noise: forward and backward call it with the same rows and get the same bits.
-    """
-    group_j = first_column // 4 + tl.arange(0, BLOCK_C // 4)
-    w0, w1, w2, w3 = philox_tile(key, ids_ptr, rows_n, mask_n, group_j)
-    n0, n1 = _box_muller(w0, w1)
-    n2, n3 = _box_muller(w2, w3)
-    return interleave4(n0, n1, n2, n3)
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "seed_lo", "seed_hi"])
-def philox_kernel(
-    out_ptr,
-    ids_ptr,
-    seed_ptr,
-    seed_lo,
-    seed_hi,
-    n_rows,
-    n_columns,
-    NORMAL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out [N, C]: normals, or the raw words (int32, four a call)."""
-    rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * BLOCK_C
-    columns_c = first + tl.arange(0, BLOCK_C)
-    mask_n = rows_n < n_rows
-    key = load_key(seed_ptr, seed_lo, seed_hi)
-    if NORMAL:
-        tile = philox_normal_tile(key, ids_ptr, rows_n, mask_n, first, BLOCK_C)
-    else:
-        w0, w1, w2, w3 = philox_tile(key, ids_ptr, rows_n, mask_n, first // 4 + tl.arange(0, BLOCK_C // 4))
-        tile = interleave4(w0, w1, w2, w3)
-    offsets = rows_n[:, None] * n_columns + columns_c[None, :]
-    tl.store(out_ptr + offsets, tile.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & (columns_c < n_columns)[None, :])
-
-
-# --- launcher ------------------------------------------------------------------------------------------------------------
-
-
-def seed_arguments(seed: int | torch.Tensor) -> tuple[torch.Tensor | None, int, int]:
-    """(seed_ptr, seed_lo, seed_hi) for a kernel. Reading a CPU tensor costs nothing; a device tensor is not read here."""
-    if isinstance(seed, torch.Tensor) and seed.device.type != "cpu":
-        return seed, 0, 0
-    return (None, *seed_halves(int(seed)))
-
-
-def _launch(out_NC: torch.Tensor, seed: int | torch.Tensor, ids_N3: torch.Tensor | None, *, normal: bool) -> None:
-    n_rows, n_columns = out_NC.shape
-    if out_NC.numel() == 0:
-        return
-    block_n, block_c = 16, 128
-    grid = (triton.cdiv(n_rows, block_n), triton.cdiv(n_columns, block_c))
-    philox_kernel[grid](
-        out_NC, ids_N3, *seed_arguments(seed), n_rows, n_columns, NORMAL=normal, BLOCK_N=block_n, BLOCK_C=block_c
-    )
-
-
-# --- torch path ----------------------------------------------------------------------------------------------------------
-
-
-def _round_keys(seed: int | torch.Tensor) -> list[tuple[int, int]] | list[tuple[torch.Tensor, torch.Tensor]]:
-    """The ten key pairs: ints, or 0-d device tensors where the seed lives on a device (which is then not synchronised)."""
-    if isinstance(seed, torch.Tensor) and seed.device.type != "cpu":
-        rounds = torch.arange(ROUNDS, device=seed.device)
-        low, high = (((seed.reshape(1) >> shift) + rounds * step) & LOW32 for shift, step in zip((0, 32), WEYL, strict=True))
-        return list(zip(low.unbind(), high.unbind(), strict=True))
-    key = int(seed)
-    return [tuple(((key >> shift) + i * step) & LOW32 for shift, step in zip((0, 32), WEYL, strict=True)) for i in range(ROUNDS)]
+def _round_keys(seed: int | torch.Tensor) -> Iterator[tuple[Any, Any]]:
+    """The ten key pairs: ints, or 0-d device tensors where the seed lives on a device, which is not read."""
+    key = seed.reshape(()) if isinstance(seed, torch.Tensor) and seed.device.type != "cpu" else int(seed)
+    for i in range(ROUNDS):
+        yield (key + i * WEYL[0]) & LOW32, ((key >> 32) + i * WEYL[1]) & LOW32
 
 
 def word_chunks(
@@ -209,11 +74,12 @@ def word_chunks(
 ) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
     """Philox words of `calls` calls a row, some rows at a time: (rows, four int64 planes [n, J]).
 
-    The words are the planes' low 32 bits; what lies above is undefined. The planes are scratch that the next chunk overwrites.
-    Rounds 1 and 2 run on broadcast shapes (a product of the column word alone, or of the row words alone, is small), the
-    other eight in place. Only a product's factors need clean upper halves, so one `and` a word and round suffices.
+    The words are the planes' low 32 bits; what lies above is undefined. The planes are scratch that the next chunk
+    overwrites. Rounds 1 and 2 run on broadcast shapes (a product of the column word alone, or of the row words alone,
+    is small), the other eight in place. Only a product's factors need clean upper halves, so one `and` a word and
+    round suffices.
     """
-    keys = _round_keys(seed)
+    keys = list(_round_keys(seed))
     column_1J = torch.arange(calls, device=device)[None, :]
     if ids_N3 is None:
         position_N1 = torch.arange(n_rows, device=device)[:, None] & LOW32
@@ -267,14 +133,14 @@ def _normals(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
     u = _uniforms(w1, w3)
     quarter_back = u - 0.25
     quarter_back.sub_(quarter_back.round())
-    out = torch.empty(*w0.shape, 2, 2, device=w0.device)  # [n, J, pair, cosine or sine]
+    out = torch.empty(*w0.shape, 2, 2, dtype=torch.float32, device=w0.device)  # [n, J, pair, cosine or sine]
     planes = out.permute(2, 0, 1, 3)
     torch.mul(r, _sin_turns_torch((u - 0.5).abs_().sub_(0.25)), out=planes[..., 0])
     torch.mul(r, _sin_turns_torch(quarter_back.abs_().neg_().add_(0.25)), out=planes[..., 1])
     return out.view(w0.shape[0], -1)
 
 
-# --- public --------------------------------------------------------------------------------------------------------------
+# --- public ---------------------------------------------------------------------------------------
 
 
 def _leading(noise_ids: torch.Tensor, seed: int | torch.Tensor, columns: int) -> tuple[torch.Size, torch.Tensor]:
@@ -292,11 +158,11 @@ def _leading(noise_ids: torch.Tensor, seed: int | torch.Tensor, columns: int) ->
 def philox_words(
     seed: int | torch.Tensor, noise_ids: torch.Tensor, calls: int, *, backend: str = "auto"
 ) -> torch.Tensor:
-    """The generator's integers: int32 [..., calls, 4], each the bit pattern of an unsigned word. Arguments as `philox_normal`."""
+    """The generator's integers: int32 [..., calls, 4], bit patterns of unsigned words. Arguments as `philox_normal`."""
     shape, ids_N3 = _leading(noise_ids, seed, calls)
     out = torch.empty(ids_N3.shape[0], calls, 4, dtype=torch.int32, device=ids_N3.device)
     if resolve_backend(backend, ids_N3.device) == "triton":
-        _launch(out.view(-1, 4 * calls), seed, ids_N3, normal=False)
+        launch_philox(out.view(-1, 4 * calls), seed, ids_N3, normal=False)
     else:
         for rows, words in word_chunks(seed, ids_N3, ids_N3.shape[0], calls, ids_N3.device):
             for i, word in enumerate(words):
@@ -333,7 +199,7 @@ def philox_normal(
     shape, ids_N3 = _leading(noise_ids, seed, columns)
     if resolve_backend(backend, ids_N3.device) == "triton":
         out = torch.empty(ids_N3.shape[0], columns, dtype=dtype, device=ids_N3.device)
-        _launch(out, seed, ids_N3, normal=True)
+        launch_philox(out, seed, ids_N3, normal=True)
     else:
         out = normal_rows(seed, ids_N3, ids_N3.shape[0], columns, ids_N3.device, dtype)
     return out.view(*shape, columns)
