@@ -21,11 +21,10 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
-    from ibft_kernels import ib_kl_loss, philox_normal
-
     from ibft.bottleneck import InformationBottleneck
     from ibft.objective import IBObjective, LossParts
     from ibft.tap import HiddenTap
+    from ibft_kernels import ib_kl_loss, philox_normal
 
 
 def __getattr__(name: str):

@@ -11,8 +11,9 @@ Legend: B batch, T positions, D hidden size, Z latent size.
 from typing import Literal, NamedTuple
 
 import torch
-from ibft_kernels import ib_kl_loss
 from torch import nn
+
+from ibft_kernels import ib_kl_loss
 
 LOGVAR_RANGE = (-4.0, 4.0)
 

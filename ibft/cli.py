@@ -31,7 +31,9 @@ def train(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Run directory; default runs/<time>.", show_default=False)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check configuration, model files and data; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check configuration, model files and data; train nothing.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune. With no argument: the bundled tiny model on the bundled tasks, offline, in a few minutes on a CPU.

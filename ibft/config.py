@@ -60,6 +60,7 @@ class LoraConfig(Section):
     target_modules: tuple[Projection, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+    """Linear layers that get LoRA."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 

@@ -32,11 +32,22 @@ class Console:
         self.rich.print(f"{what}: {summary}", markup=False)
 
     def header(
-        self, config: Config, *, layer: int | None, layers: int, device: "torch.device", dtype: "torch.dtype", data: "Datasets"
+        self,
+        config: Config,
+        *,
+        layer: int | None,
+        layers: int,
+        device: "torch.device",
+        dtype: "torch.dtype",
+        data: "Datasets",
     ) -> None:
         bits = "4-bit NF4, double quantisation" if config.model.quantization == "nf4" else "not quantised"
-        self.rich.print(f"model: {config.model.name_or_path}, {bits}, {str(dtype).removeprefix('torch.')} on {device}", markup=False)
-        self.rich.print(f"LoRA: r {config.lora.r}, alpha {config.lora.alpha}, dropout {config.lora.dropout}", markup=False)
+        self.rich.print(
+            f"model: {config.model.name_or_path}, {bits}, {str(dtype).removeprefix('torch.')} on {device}", markup=False
+        )
+        self.rich.print(
+            f"LoRA: r {config.lora.r}, alpha {config.lora.alpha}, dropout {config.lora.dropout}", markup=False
+        )
         self.rich.print(describe_objective(config, layer, layers), markup=False)
 
     def metrics(self, row: dict[str, Any]) -> None:

@@ -105,7 +105,9 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
 
 def _preset(name: object) -> Tree:
     if name not in preset_names():
-        raise ConfigError(f"preset: got {name!r}, expected one of {', '.join(preset_names())}{_nearest(str(name), preset_names())}")
+        raise ConfigError(
+            f"preset: got {name!r}, expected one of {', '.join(preset_names())}{_nearest(str(name), preset_names())}"
+        )
     tree: Tree = yaml.safe_load(files("ibft").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8"))
     return tree
 
@@ -161,7 +163,9 @@ def _canonical(tree: Tree, where: str, notices: list[str]) -> Tree:
             notices.append(f"{where}{key} is {target} here")
         if target not in known:
             if target in Config.model_fields:
-                raise ConfigError(f"{where}{target}: got {value!r}, expected a section with keys such as {_example(target)}")
+                raise ConfigError(
+                    f"{where}{target}: got {value!r}, expected a section with keys such as {_example(target)}"
+                )
             raise ConfigError(f"{where}unknown key {key!r}{_nearest(key, [*known, *ALIASES])}")
         _merge(result, _nest(target, value))
     return result

@@ -20,7 +20,7 @@ from ibft.data.encode import EncodedData
 from ibft.errors import NonFiniteError
 from ibft.memory import peak_memory_mib
 from ibft.noise import Z_STREAM, NoiseContext
-from ibft.objective import IBObjective, LatentSums, LossParts
+from ibft.objective import IBObjective, LossParts
 from ibft.optim import Groups, clip_gradients, gradient_norms
 from ibft.tap import HiddenTap, decoder_of
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ibft.config import BUNDLED, Config, LoraConfig, ModelConfig
+from ibft.config import BUNDLED, LoraConfig, ModelConfig
 from ibft.errors import ConfigError, SetupError
 from ibft.nf4 import adopt_linear4bit
 from ibft.noise import NoiseContext, SampleDropout, dropout_stream

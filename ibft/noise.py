@@ -6,8 +6,9 @@ accumulation, packing, rank or resume.
 """
 
 import torch
-from ibft_kernels import noise_key, philox_dropout
 from torch import nn
+
+from ibft_kernels import noise_key, philox_dropout
 
 Z_STREAM = 0
 
@@ -47,7 +48,9 @@ class SampleDropout(nn.Module):
         if not self.training:
             return x
         if self.context.noise_ids is None:
-            raise RuntimeError("dropout needs the micro-batch's noise ids: set NoiseContext.noise_ids before the forward")
+            raise RuntimeError(
+                "dropout needs the micro-batch's noise ids: set NoiseContext.noise_ids before the forward"
+            )
         return philox_dropout(x, self.p, seed=self.context.key(self.stream), noise_ids=self.context.noise_ids)
 
     def extra_repr(self) -> str:

@@ -10,12 +10,17 @@ from ibft.config import TrainConfig
 Groups = dict[str, list[nn.Parameter]]  # "lora" and, with a bottleneck, "bottleneck"
 
 
-def make_optimizer(groups: Groups, config: TrainConfig, *, bottleneck_lr: float | None, device: torch.device) -> tuple[Any, list[str]]:
+def make_optimizer(
+    groups: Groups, config: TrainConfig, *, bottleneck_lr: float | None, device: torch.device
+) -> tuple[Any, list[str]]:
     """The configured AdamW over the groups, and notices for the user.
 
     Paged optimizers page between GPU and host memory; on a CPU there is nothing to page, so the plain 8-bit one is used.
     """
-    rates = {"lora": config.learning_rate, "bottleneck": config.learning_rate if bottleneck_lr is None else bottleneck_lr}
+    rates = {
+        "lora": config.learning_rate,
+        "bottleneck": config.learning_rate if bottleneck_lr is None else bottleneck_lr,
+    }
     parameter_groups = [{"params": params, "lr": rates[name], "name": name} for name, params in groups.items()]
     common: dict[str, Any] = {
         "betas": (config.adam_beta1, config.adam_beta2),

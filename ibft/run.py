@@ -119,7 +119,9 @@ def train_and_report(
     seconds = time.perf_counter() - started
     trainer.window.read(trainer.accelerator.device)
     if trainer.interrupted:
-        console.notice(f"interrupted by {trainer.interrupted.name} after step {trainer.step}; saved to {run_dir.path}/adapter")
+        console.notice(
+            f"interrupted by {trainer.interrupted.name} after step {trainer.step}; saved to {run_dir.path}/adapter"
+        )
         return 128 + trainer.interrupted
     after = pass_at_1(config, trainer, tokenizer, tasks, console, "after")
 
@@ -170,9 +172,7 @@ def build_trainer(
         ).to(accelerator.device)
         groups["bottleneck"] = list(bottleneck.parameters())
         tap = HiddenTap(model, layer)
-    objective = IBObjective(
-        bottleneck, alpha=config.ib.alpha, beta=config.ib.beta, kl_reduction=config.ib.kl_reduction
-    )
+    objective = IBObjective(bottleneck, alpha=config.ib.alpha, beta=config.ib.beta, kl_reduction=config.ib.kl_reduction)
     optimizer, notices = make_optimizer(
         groups, config.train, bottleneck_lr=config.ib.learning_rate, device=accelerator.device
     )
@@ -206,7 +206,9 @@ def choose_device(config: Config) -> torch.device:
     """Raises SetupError where CUDA was asked for and there is none."""
     available = torch.cuda.is_available()
     if config.runtime.device == "cuda" and not available:
-        raise SetupError("runtime.device=cuda, but torch finds no CUDA device (runtime.device=auto falls back to the CPU)")
+        raise SetupError(
+            "runtime.device=cuda, but torch finds no CUDA device (runtime.device=auto falls back to the CPU)"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SetupError("more than one process: this version trains on one device; start it without a launcher")
     return torch.device("cuda" if available and config.runtime.device != "cpu" else "cpu")
@@ -298,7 +300,9 @@ def load_tasks(config: Config) -> list[dict[str, Any]]:
         return []
     tasks = load_rows(str(task_file("test")) if path in (None, BUNDLED) else path)
     for number, task in enumerate(tasks, 1):
-        missing = [key for key in ("task_id", "instruction", "entry_point", "test") if not isinstance(task.get(key), str)]
+        missing = [
+            key for key in ("task_id", "instruction", "entry_point", "test") if not isinstance(task.get(key), str)
+        ]
         if missing:
             raise DataError(f"eval.tasks: {path}, row {number}: expected text under {', '.join(missing)}")
     return tasks[: config.eval.max_tasks]

@@ -34,7 +34,17 @@ if TYPE_CHECKING:
     from ibft.bottleneck import InformationBottleneck
 
 BOTTLENECK_FILE = "ib_bottleneck.safetensors"
-_PACKAGES = ("ibft-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
+_PACKAGES = (
+    "ibft-fast",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "safetensors",
+)
 
 
 class RunDir:
@@ -124,7 +134,9 @@ def _commit() -> str | None:
     if not (here / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

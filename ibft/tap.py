@@ -47,7 +47,9 @@ class HiddenTap:
         layers = decoder_of(model).layers
         assert isinstance(layers, nn.ModuleList)
         if not 1 <= layer < len(layers):
-            raise ConfigError(f"ib.layer: got {layer}, expected 1 .. {len(layers) - 1} (the model has {len(layers)} layers)")
+            raise ConfigError(
+                f"ib.layer: got {layer}, expected 1 .. {len(layers) - 1} (the model has {len(layers)} layers)"
+            )
         self.layer = layer
         self._block = layers[layer - 1]
         self._hidden: torch.Tensor | None = None
@@ -58,7 +60,9 @@ class HiddenTap:
         self._handle = self._block.register_forward_hook(self._capture)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._handle.remove()
 
     def _capture(self, _module: nn.Module, _args: Any, output: Any) -> None:

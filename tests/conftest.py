@@ -14,7 +14,11 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-_common = {"deadline": None, "phases": [Phase.explicit, Phase.reuse, Phase.generate], "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+_common = {
+    "deadline": None,
+    "phases": [Phase.explicit, Phase.reuse, Phase.generate],
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
 settings.register_profile("default", max_examples=25, **_common)
 settings.register_profile("soak", max_examples=500, **_common)
 settings.load_profile("default")

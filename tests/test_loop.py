@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from ibft_kernels import _dispatch
 from tiny_models import gradients, random_samples, randomise_lora, save_tiny_model, tiny_trainer
 
 from ibft.errors import NonFiniteError
 from ibft.nf4 import NF4Linear
 from ibft.tap import HiddenTap, decoder_of
+from ibft_kernels import _dispatch
 
 LENGTHS = [5, 31, 12, 24, 9, 17, 28, 3]
 
@@ -90,7 +90,11 @@ def test_evaluation_and_generation_leave_no_trace(folder, precision):
         AcceleratorState._reset_state(True)
         data = random_samples(LENGTHS)
         trainer = tiny_trainer(
-            folder, data, f"train.mixed_precision={precision}", "lora.dropout=0.3", eval_data=random_samples([9, 20], seed=4)
+            folder,
+            data,
+            f"train.mixed_precision={precision}",
+            "lora.dropout=0.3",
+            eval_data=random_samples([9, 20], seed=4),
         )
         steps = list(trainer.batches(data, epoch=0)) + list(trainer.batches(data, epoch=1))
         trainer.train_step(steps[0])
@@ -161,7 +165,9 @@ def test_every_family_trains(tmp_path, family):
     trainer.on_log = rows.append
     trainer.train()
     assert rows[-1]["ce"] < rows[1]["ce"] - 0.1
-    assert all(math.isfinite(row["loss"]) and row["grad_norm_lora"] > 0 and row["grad_norm_bottleneck"] > 0 for row in rows)
+    assert all(
+        math.isfinite(row["loss"]) and row["grad_norm_lora"] > 0 and row["grad_norm_bottleneck"] > 0 for row in rows
+    )
 
 
 def test_the_tap_is_hidden_states_at_the_layer(folder):

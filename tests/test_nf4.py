@@ -89,7 +89,10 @@ def test_a_loaded_model_keeps_its_bytes_and_its_logits(tmp_path):
 
     def load():
         settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
         )
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}

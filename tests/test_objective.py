@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ibft_kernels import noise_key, philox_normal
 from tiny_models import gradients, random_samples, randomise_lora, save_tiny_model, tiny_trainer
 
 from ibft import IBObjective, InformationBottleneck
 from ibft.objective import label_positions
 from ibft.tap import decoder_of
+from ibft_kernels import noise_key, philox_normal
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,10 @@ def oracle(trainer, micro_batches, *, alpha, beta, layer, scaling):
     parameters = {name.replace(".base_layer", ""): value for name, value in frozen.items()}
     parameters |= {f"{name}.weight": weight for name, weight in weights.items()}
 
-    own = {name: value.detach().double().requires_grad_() for name, value in trainer.objective.bottleneck.named_parameters()}
+    own = {
+        name: value.detach().double().requires_grad_()
+        for name, value in trainer.objective.bottleneck.named_parameters()
+    }
     w_mu, w_lv = own["encoder.weight"].chunk(2)
     b_mu, b_lv = own["encoder.bias"].chunk(2)
     head = parameters["lm_head.weight"]
@@ -92,7 +95,9 @@ def oracle(trainer, micro_batches, *, alpha, beta, layer, scaling):
 AUTHORS_CODE = ["data.packing=false", "data.pad_to_max_length=true", "ib.kl_reduction=mean", "ib.kl_tokens=all"]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "fp32"]
+)
 @settings(max_examples=10)
 @given(
     lengths=st.lists(st.integers(2, 24), min_size=1, max_size=5),
@@ -123,9 +128,7 @@ def test_authors_code_objective_equals_the_formulas(
         float64_norms(trainer.model)
     micro_batches = next(trainer.batches(trainer.data, epoch=0))
     parts = trainer.backward(micro_batches)
-    expected, expected_grads = oracle(
-        trainer, micro_batches, alpha=alpha, beta=beta, layer=layer, scaling=2.0
-    )
+    expected, expected_grads = oracle(trainer, micro_batches, alpha=alpha, beta=beta, layer=layer, scaling=2.0)
 
     for name, value in expected.items():
         torch.testing.assert_close(getattr(parts, name), value.detach(), rtol=tolerance, atol=0, check_dtype=False)
@@ -237,7 +240,12 @@ def test_only_one_hidden_state_is_kept_alive(folder):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"alpha": -1}, "alpha"), ({"beta": -0.5}, "beta"), ({"kl_reduction": "sum"}, "kl_reduction"), ({"bottleneck": None}, "no bottleneck")],
+    [
+        ({"alpha": -1}, "alpha"),
+        ({"beta": -0.5}, "beta"),
+        ({"kl_reduction": "sum"}, "kl_reduction"),
+        ({"bottleneck": None}, "no bottleneck"),
+    ],
 )
 def test_bad_arguments(change, message):
     arguments = {"bottleneck": InformationBottleneck(8, 2), "alpha": 0.1, "beta": 0.1} | change

@@ -37,7 +37,9 @@ def save_tiny_model(folder, model_type: str = "llama", **sizes) -> str:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(tiny_model_config(model_type, **sizes), dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(tiny_model_config(model_type, **sizes), dtype=torch.float32).save_pretrained(
+        folder
+    )
     return str(folder)
 
 

@@ -218,6 +218,8 @@ def test_epochs_differ_and_evaluation_keeps_the_order():
         return [b.input_ids[0, 0].item() for step in epoch_steps(data, micro_rows=1, **changes) for b in step]
 
     assert firsts(epoch=0) != firsts(epoch=1)
+    steps = epoch_steps(data, micro_rows=1)
+    assert [b.noise_ids[0, 0].tolist() for step in steps for b in step] == [[1, place, 0] for place in range(29)]
     assert firsts(shuffle=False) == list(range(1, 30))
 
 

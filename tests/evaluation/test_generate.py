@@ -56,6 +56,27 @@ def test_the_models_own_stop_tokens_count_too(model, tokenizer):
     assert tokenizer(stopped)["input_ids"][0] == first[: first.index(first[3])]
 
 
+def test_the_taught_eos_counts_where_the_model_names_none(model, tokenizer):
+    first = tokenizer(generate(model, tokenizer, ["a"], max_new_tokens=6))["input_ids"][0]
+    model.generation_config.eos_token_id = None
+    taught = copy.deepcopy(tokenizer)
+    taught.eos_token = taught.convert_ids_to_tokens(first[3])
+    stopped = generate(model, taught, ["a"], max_new_tokens=6)
+    assert tokenizer(stopped)["input_ids"][0] == first[: first.index(first[3])]
+
+
+def test_the_model_is_called_in_evaluation_mode_with_the_positions_of_training(model, tokenizer):
+    calls = []
+    model.register_forward_pre_hook(
+        lambda module, _, kwargs: calls.append((module.training, torch.is_grad_enabled(), kwargs["position_ids"])),
+        with_kwargs=True,
+    )
+    generate(model, tokenizer, ["abc", ""], max_new_tokens=3)
+    assert [(training, grad) for training, grad, _ in calls] == [(False, False)] * len(calls)
+    assert calls[0][2].tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]  # the separator counts; padding's own do not matter
+    assert calls[1][2].tolist() == [[4], [1]]
+
+
 def test_leaves_everything_as_it_was(model, tokenizer):
     model.model.layers[0].mlp.eval()  # flags are mixed on purpose
     model.config.use_cache = False

@@ -8,7 +8,6 @@ import pytest
 
 from ibft.data.sources import load_rows
 from ibft.errors import DataError, SetupError
-from ibft.evaluation import judge as judge_module
 from ibft.evaluation.judge import Verdict, judge, judge_tasks, why_not_judged
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process limits")
@@ -54,6 +53,8 @@ def test_passes(program):
         ("x = (", "failed: SyntaxError: '(' was never closed (<candidate>, line 1)"),
         ("x = '\0'", "failed: SyntaxError: source code string cannot contain null bytes"),
         ("\ud800", "failed: not UTF-8 text: surrogates not allowed"),
+        ("import sys\nsys.exit(0)", "failed: SystemExit: 0"),
+        ("import os\nos._exit(0)", "left before its test had returned (exit 0)"),
         ("input()", "failed: EOFError: EOF when reading a line"),
         ("def f(): f()\nf()", "failed: RecursionError: maximum recursion depth exceeded"),
         ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", "failed: E"),
@@ -203,9 +204,7 @@ while True:
         try: os.write(fd, b"x" * 65536)
         except OSError: pass
 """
-    found = verdict(program, timeout=2.0)
-    assert not found.passed
-    assert len(found.result) <= judge_module.REPORT_BYTES
+    assert verdict(program, timeout=20.0) == Verdict(False, "killed by signal 9")  # at once, not at the timeout
 
 
 def test_settings_out_of_range():

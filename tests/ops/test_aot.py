@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from ibft_kernels import aot
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from ibft_kernels import noise_key, philox_dropout, reference
 
 SEED = noise_key(11, 3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ibft_kernels import ib_kl_loss, noise_key, philox_normal, reference
 from ibft_kernels.ops import _ib_kl_triton, ib_kl
 from ibft_kernels.ops._rows import as_rows

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from ibft_kernels import _dispatch
 from ibft_kernels._dispatch import resolve_backend
 

@@ -2,9 +2,10 @@
 
 import math
 
-import ibft_kernels
 import pytest
 import torch
+
+import ibft_kernels
 from ibft_kernels import noise_key, philox_normal, reference
 from ibft_kernels.ops.philox import philox_words
 from ibft_kernels.reference.philox import philox_4x32

@@ -8,7 +8,7 @@ halves the integer work of four columns a call, and costs p a rounding of at mos
 so the mean stays exact). The counters repeat those of the normals; the stream in the key keeps the two apart.
 
 Saved for backward: nothing on the Triton path (the mask is recomputed); one byte an element on the torch path, where
-recomputing costs three times what reading the byte does.
+recomputing costs ten times what reading the byte does.
 Legend: N rows, C columns, J = ceil(C / 8) calls a row.
 """
 
