@@ -1,6 +1,6 @@
 """ibft-fast: information-bottleneck fine-tuning (IB-FT, arXiv 2510.16022) of code LLMs.
 
-`from ibft import ib_kl_loss` imports torch and, for CUDA tensors, triton; nothing of transformers, peft or bitsandbytes.
+`from ibft import ib_kl_loss` imports torch and triton; nothing of transformers, peft or bitsandbytes.
 Names resolve on first use (PEP 562), so that `ibft-fast --help` does not wait for torch.
 """
 
@@ -18,7 +18,15 @@ _EXPORTS = {
     "HiddenTap": "ibft.tap",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "HiddenTap",
+    "IBObjective",
+    "InformationBottleneck",
+    "LossParts",
+    "__version__",
+    "ib_kl_loss",
+    "philox_normal",
+]
 
 if TYPE_CHECKING:
     from ibft.bottleneck import InformationBottleneck

@@ -31,9 +31,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Run directory; default runs/<time>.", show_default=False)
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check configuration, model files and data; train nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune. With no argument: the bundled tiny model on the bundled tasks, offline, in a few minutes on a CPU.
@@ -41,7 +39,8 @@ def train(
     Examples: `ibft-fast train preset=paper-evol`, `ibft-fast train my.yaml ib.alpha=0.2 -o runs/a02`,
     `ibft-fast train model.name_or_path=Qwen/Qwen2.5-Coder-1.5B data.path=rows.jsonl`.
 
-    Exit codes: 0 done, 2 configuration, 3 data, 4 environment, 5 non-finite loss, 6 out of memory, 130/143 interrupted and saved.
+    Exit codes: 0 done, 2 configuration, 3 data, 4 environment, 5 non-finite loss,
+    6 out of memory, 130/143 interrupted and saved.
     """
     given = list(arguments or [])
     config_file = given.pop(0) if given and "=" not in given[0] else None
@@ -65,3 +64,7 @@ def train(
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

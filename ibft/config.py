@@ -1,7 +1,7 @@
 """The run's configuration: typed, frozen, unknown keys refused. Every field says what it means.
 
-Sources, each overriding the one before: defaults, the bundled model's settings (only where the bundled model is trained),
-a preset, the YAML file, `section.key=value` overrides. Loading is in `ibft.load_config`; this file imports no torch.
+Sources, each overriding the one before: defaults, the bundled model's settings (only where that model is trained), a
+preset, the YAML file, `section.key=value` overrides. Loading is in `ibft.load_config`; this file imports no torch.
 """
 
 from typing import Annotated, Literal
@@ -79,9 +79,9 @@ class IBConfig(Section):
     mlp_dim: PositiveInt | None = None
     """Hidden width of the mlp encoder; default 2Z."""
     kl_reduction: Literal["batchmean", "mean"] = "batchmean"
-    """batchmean: sum over dims, mean over tokens (paper, eq. 4); mean: over tokens and dims (released code), Z times weaker."""
+    """batchmean: sum over dims, mean over tokens (paper, eq. 4); mean: over both (released code), Z times weaker."""
     kl_tokens: Literal["real", "all", "response"] = "real"
-    """Tokens that the KL counts: real (no pads), all (pads too; needs pad_to_max_length), response (labelled positions)."""
+    """Tokens of the KL: real (no pads), all (pads too; needs pad_to_max_length), response (labelled positions)."""
     learning_rate: NonNegative | None = None
     """Of encoder and up-projection; default: train.learning_rate."""
 
@@ -135,7 +135,7 @@ class TrainConfig(Section):
 
 class EvalConfig(Section):
     tasks: str | None = None
-    """JSON lines of programming tasks (task_id, instruction, entry_point, test) for Pass@1 before and after training."""
+    """JSON lines of tasks (task_id, instruction, entry_point, test) for Pass@1 before and after training."""
     max_tasks: PositiveInt | None = None
     max_new_tokens: PositiveInt = 512
     batch_size: PositiveInt = 64
@@ -170,7 +170,8 @@ class Config(Section):
             raise ValueError("data.pad_to_max_length pads rows that data.packing fills: set one of them to false")
         if self.ib.alpha > 0 and self.ib.kl_tokens == "all" and not self.data.pad_to_max_length:
             raise ValueError(
-                "ib.kl_tokens=all counts pads, so it needs rows of one length: set data.packing=false data.pad_to_max_length=true"
+                "ib.kl_tokens=all counts pads, so it needs rows of one length: "
+                "set data.packing=false data.pad_to_max_length=true"
             )
         if self.data.path == BUNDLED != self.model.name_or_path and self.data.eval_path is None:
             raise ValueError("data.path is required with a model of your own (a file or a hub id)")

@@ -1,4 +1,4 @@
-"""What a user sees while training: a header, a progress bar on a terminal, a line per log step, and the closing table."""
+"""What a user sees of a run: a header, a progress bar on a terminal, a line per log step, and the closing table."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ibft.run import Datasets
 
-Advance = Callable[[int], None]
+Advance = Callable[..., None]  # (done so far, ...)
 
 
 class Console:
@@ -95,7 +95,8 @@ def describe_objective(config: Config, layer: int | None, layers: int) -> str:
     weight = ib.alpha if ib.kl_reduction == "batchmean" else ib.alpha / ib.latent_dim
     how = "sum over dims, mean over tokens" if ib.kl_reduction == "batchmean" else "mean over dims and tokens"
     return (
-        f"objective: CE + {ib.alpha:g} (KL + {ib.beta:g} CE_z) at layer {layer} of {layers}, Z {ib.latent_dim}, {ib.encoder} encoder\n"
+        f"objective: CE + {ib.alpha:g} (KL + {ib.beta:g} CE_z) at layer {layer} of {layers}, "
+        f"Z {ib.latent_dim}, {ib.encoder} encoder\n"
         f"KL: {how} ({ib.kl_tokens}), so that each token's mean KL weighs {weight:.3g} per latent dimension"
     )
 

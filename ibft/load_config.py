@@ -1,4 +1,4 @@
-"""From presets, a YAML file and `section.key=value` overrides to one validated `Config`; every refusal is one clear line."""
+"""From presets, a YAML file and `section.key=value` overrides to one `Config`; every refusal is one clear line."""
 
 import difflib
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
 """The training loop: `train()` reads as verbs, and gradients are exact whatever the micro-batch.
 
-A global batch is normalised by its *true* number of label tokens (the KL by its own count), known on the CPU before the first
-micro-batch runs. So splitting it 1 x 8 or 8 x 1 changes nothing but rounding, and every micro-batch's loss simply adds up.
+A global batch is normalised by its *true* number of label tokens (the KL by its own count), known on the CPU before
+the first micro-batch runs. So splitting it 1 x 8 or 8 x 1 changes nothing but rounding, and every micro-batch's loss
+simply adds up.
 """
 
 import math
@@ -36,7 +37,7 @@ MIN_LOSS_SCALE = 1.0  # an fp16 scaler that has backed off this far will not rec
 class Trainer:
     """One run's moving parts and the verbs over them. Built by `ibft.run`; tests build it by hand.
 
-    `on_log`, `on_save` and `on_step` are how the outside world (metrics.jsonl, trackers, progress bar, disk) hears of it.
+    Through `on_log`, `on_save` and `on_step` metrics.jsonl, trackers, disk and progress bar hear of it.
     """
 
     config: Config
@@ -185,7 +186,7 @@ class Trainer:
                 self.on_save("adapter-best")
 
     def log(self, row: Row) -> None:
-        """Bring the metrics to the host (the only regular synchronisation beside the finiteness check) and hand them on."""
+        """Bring the metrics to the host (with the finiteness check, the only regular synchronisation), hand them on."""
         parts: LossParts = row["parts"]
         tokens, seconds = self.window.read(self.accelerator.device)
         values: Row = {
@@ -209,8 +210,8 @@ class Trainer:
     def check_finite(self, parts: LossParts, norms: dict[str, torch.Tensor]) -> bool:
         """True if loss and gradients are finite. One synchronisation a step: a poisoned run is stopped before it saves.
 
-        Under fp16 a non-finite *gradient* is the loss scaler's business (it skips the step and backs off): False, and an
-        error only if the scale has already sunk to nothing.
+        Under fp16 a non-finite *gradient* is the loss scaler's business (it skips the step and backs off): False, and
+        an error only if the scale has already sunk to nothing.
 
         Raises:
             NonFiniteError: naming the parts.
@@ -226,7 +227,7 @@ class Trainer:
         raise NonFiniteError(f"step {self.step + 1}: not finite: {', '.join(bad)}; no weight was changed by this step")
 
     def batches(self, data: EncodedData, *, epoch: int, evaluation: bool = False) -> Any:
-        """Optimizer steps of an epoch, each a list of micro-batches; evaluation: one micro-batch at a time, in order."""
+        """Optimizer steps of an epoch, each a list of micro-batches; evaluation: one micro-batch each, in order."""
         train, settings = self.config.train, self.config.data
         return steps_of_epoch(
             data,

@@ -152,7 +152,7 @@ def _check_local_folder(path: str) -> None:
 
 @contextmanager
 def _hub_errors(path: str) -> Iterator[None]:
-    """Turns what huggingface_hub, transformers and safetensors raise for a model that cannot be had into `SetupError`."""
+    """Turns what the hub, transformers and safetensors raise for a model that cannot be had into `SetupError`."""
     from safetensors import SafetensorError
 
     try:

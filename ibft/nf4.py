@@ -2,10 +2,11 @@
 
     y = x dequantize(W)^T + b        dx = dy dequantize(W)        W is frozen: no dW
 
-Why not `bitsandbytes.nn.Linear4bit` itself: its no-grad forward on CPUs with AVX512-BF16 repacks the weight in place, after
-which training gradients are wrong and saved weights differ (seen with 0.50). Here one forward serves training, evaluation,
-generation and gradient checkpointing on every backend; it only reads the packed bytes. bitsandbytes still quantises (while
-transformers streams the weights in, so a full-precision copy of the model never exists) and still dequantises.
+Why not `bitsandbytes.nn.Linear4bit` itself: its no-grad forward on CPUs with AVX512-BF16 repacks the weight in place,
+after which training gradients are wrong and saved weights differ (seen with 0.50). Here one forward serves training,
+evaluation, generation and gradient checkpointing on every backend; it only reads the packed bytes. bitsandbytes still
+quantises (while transformers streams the weights in, so a full-precision copy of the model never exists) and still
+dequantises.
 """
 
 from typing import Any
@@ -58,7 +59,7 @@ class NF4Linear(nn.Linear):
         self.blocksize = quant_state.blocksize
         self.nested_blocksize = quant_state.state2.blocksize
         self.weight = nn.Parameter(packed.detach(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
         self.register_buffer("absmax", quant_state.absmax)
         self.register_buffer("code", quant_state.code)
         self.register_buffer("offset", quant_state.offset)
@@ -111,6 +112,6 @@ def adopt_linear4bit(model: nn.Module) -> int:
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     for name, module in found:
         parent_name, _, child_name = name.rpartition(".")
-        owned = NF4Linear(module.weight.data, module.weight.quant_state, module.bias)
+        owned = NF4Linear(module.weight.data, module.weight.quant_state, module.bias)  # type: ignore[attr-defined]
         setattr(model.get_submodule(parent_name), child_name, owned)
     return len(found)

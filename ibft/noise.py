@@ -1,8 +1,8 @@
 """Randomness that follows the sample (DESIGN: noise is a function of epoch, sample and position, not of the batch).
 
-Every random draw of a training step has a *stream*: 0 for the bottleneck's eps, one for each LoRA input. The Philox key is
-(run seed, stream) and its counter (epoch, sample, position, column), so masks and noise do not depend on micro-batch size,
-accumulation, packing, rank or resume.
+Every random draw of a training step has a *stream*: 0 for the bottleneck's eps, one for each LoRA input. The Philox
+key is (run seed, stream) and its counter (epoch, sample, position, column), so masks and noise do not depend on
+micro-batch size, accumulation, packing, rank or resume.
 """
 
 import torch

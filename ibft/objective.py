@@ -2,8 +2,8 @@
 
 Legend: B batch, T positions, N = B*T, M label tokens, D hidden size, Z latent size, V vocabulary.
 
-Both cross-entropies look only at the M positions whose next token is a label: at most half of a code sample's positions,
-and no row of the [N, V] logits that a pad or a prompt token would need is ever computed.
+Both cross-entropies look only at the M positions whose next token is a label: at most half of a code sample's
+positions, and no row of the [N, V] logits that a pad or a prompt token would need is ever computed.
 """
 
 from dataclasses import dataclass, replace
@@ -75,9 +75,9 @@ class IBObjective(nn.Module):
     """CE, KL and CE_z in one call; usable in any training step (see README).
 
     Args:
-        bottleneck: the module, or None for plain fine-tuning (then no bottleneck cost at all).
-        alpha, beta: the weights in L = CE + alpha (KL + beta CE_z).
-        kl_reduction: "batchmean" (sum over dims, mean over tokens: eq. 4) or "mean" (over tokens and dims: the released code).
+        bottleneck: the module, or None for plain fine-tuning (then no bottleneck cost at all). alpha, beta: the
+        weights in L = CE + alpha (KL + beta CE_z). kl_reduction: "batchmean" (sum over dims, mean over tokens: eq. 4)
+        or "mean" (over tokens and dims: the released code).
 
     Raises:
         ValueError: negative alpha or beta; alpha > 0 without a bottleneck.
@@ -122,12 +122,11 @@ class IBObjective(nn.Module):
         """The loss of one micro-batch.
 
         Args:
-            last_hidden: [B, T, D] after the final norm. tapped: [B, T, D] hidden_states[layer]; None without bottleneck.
-            labels: [B, T] as Hugging Face has them; or `label_rows` [M] (flat b*T+t) with `targets` [M], already shifted.
-            kl_mask: [B, T] bool, the tokens of the KL; None for all positions.
-            seed, noise_ids, eps: of the noise, as in `ib_kl_loss`.
-            label_normalizer: label tokens of the *whole optimizer step*, so that accumulation is exact; default M.
-            kl_normalizer: the same for the KL's tokens; default: those of kl_mask.
+            last_hidden: [B, T, D] after the final norm. tapped: [B, T, D] hidden_states[layer]; None without
+            bottleneck. labels: [B, T] as Hugging Face has them; or `label_rows` [M] (flat b*T+t) with `targets` [M],
+            already shifted. kl_mask: [B, T] bool, the tokens of the KL; None for all positions. seed, noise_ids, eps:
+            of the noise, as in `ib_kl_loss`. label_normalizer: label tokens of the *whole optimizer step*, so that
+            accumulation is exact; default M. kl_normalizer: the same for the KL's tokens; default: those of kl_mask.
             collect: also return `latent_sums` for logging.
 
         Raises:

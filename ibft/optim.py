@@ -15,7 +15,8 @@ def make_optimizer(
 ) -> tuple[Any, list[str]]:
     """The configured AdamW over the groups, and notices for the user.
 
-    Paged optimizers page between GPU and host memory; on a CPU there is nothing to page, so the plain 8-bit one is used.
+    Paged optimizers page between GPU and host memory; on a CPU there is nothing to page, so the plain 8-bit one is
+    used.
     """
     rates = {
         "lora": config.learning_rate,

@@ -1,5 +1,6 @@
 """`ibft-fast train`: from a configuration to a trained adapter and a table that says what it was worth."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ibft.data.encode import EncodedData
     from ibft.loop import Trainer
 
-MAX_HELD_OUT_ROWS = 512
+MAX_HELD_OUT = 512
 
 
 @dataclass
@@ -271,23 +272,28 @@ def load_data(config: Config, tokenizer: "PreTrainedTokenizerBase", console: Con
     if not rows:
         raise DataError(f"{train_path}: no rows")
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
-    held_out_rows: list[dict[str, Any]] = []
-    if settings.eval_path is not None or settings.path == BUNDLED:
-        path = str(task_file("validation")) if settings.eval_path in (None, BUNDLED) else settings.eval_path
-        held_out_rows = load_rows(path, split=settings.split)
-    elif settings.val_size > 0 and len(rows) > 1:
-        count = min(max(1, round(settings.val_size * len(rows))), MAX_HELD_OUT_ROWS)
-        chosen = set(torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist())
-        held_out_rows = [row for index, row in enumerate(rows) if index in chosen]
-        rows = [row for index, row in enumerate(rows) if index not in chosen]
-
     train = encode_rows(rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos)
-    console.data("training rows", train.summary())
+    console.data("training data", train.summary())
     held_out = None
-    if held_out_rows:
-        held_out = encode_rows(held_out_rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos)
-        console.data("held-out rows", held_out.summary())
+    if settings.eval_path is not None or settings.path == BUNDLED:
+        path = str(task_file("validation")) if settings.eval_path in (None, BUNDLED) else str(settings.eval_path)
+        rows = load_rows(path, split=settings.split)
+        held_out = encode_rows(rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos)
+        console.data("held-out data", held_out.summary())
+    elif settings.val_size > 0 and len(train.samples) > 1:
+        count = min(max(1, round(settings.val_size * len(train.samples))), MAX_HELD_OUT)
+        train, held_out = hold_out(train, count)
+        console.data("held-out data", f"{count} of these samples, drawn at random (data.val_size)")
     return Datasets(train, held_out, digest)
+
+
+def hold_out(data: "EncodedData", count: int) -> tuple["EncodedData", "EncodedData"]:
+    """Samples split into (the rest, `count` drawn at random); always the same draw, whatever the run's seed."""
+    shuffled = torch.randperm(len(data.samples), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = set(shuffled[:count])
+    kept = [sample for index, sample in enumerate(data.samples) if index not in chosen]
+    held = [sample for index, sample in enumerate(data.samples) if index in chosen]
+    return dataclasses.replace(data, samples=kept), dataclasses.replace(data, samples=held)
 
 
 def load_tasks(config: Config) -> list[dict[str, Any]]:
@@ -349,5 +355,6 @@ class out_of_memory_advice:
             peak = torch.cuda.max_memory_allocated() / 2**30
             raise OutOfMemoryError(
                 f"out of memory after {peak:.1f} GiB: try train.gradient_checkpointing=true, "
-                "train.per_device_train_batch_size=1 (with more train.gradient_accumulation_steps), a smaller data.max_length"
+                "train.per_device_train_batch_size=1 (and more train.gradient_accumulation_steps), "
+                "or a smaller data.max_length"
             ) from error

@@ -96,7 +96,7 @@ class RunDir:
         bottleneck: "InformationBottleneck | None",
         tokenizer: "PreTrainedTokenizerBase",
     ) -> Path:
-        """Write adapter, bottleneck and tokenizer to `name`, replacing what was there only when the new one is whole."""
+        """Write adapter, bottleneck and tokenizer to `name`, replacing the old ones once the new are whole."""
         from safetensors.torch import save_file
 
         target = self.path / name

@@ -19,11 +19,12 @@ def decoder_of(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: the model has no such decoder.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     decoder = getattr(base, "model", None)
     if not all(hasattr(decoder, part) for part in ("embed_tokens", "layers", "norm")) or not hasattr(base, "lm_head"):
         raise ConfigError(
-            f"{type(base).__name__} is not of the Llama family: expected model.embed_tokens, model.layers, model.norm and lm_head"
+            f"{type(base).__name__} is not of the Llama family: "
+            "expected model.embed_tokens, model.layers, model.norm and lm_head"
         )
     assert isinstance(decoder, nn.Module)
     return decoder

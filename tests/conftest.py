@@ -9,14 +9,14 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
-
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
+
 _common = {
     "deadline": None,
-    "phases": [Phase.explicit, Phase.reuse, Phase.generate],
+    "phases": [Phase.explicit, Phase.reuse, Phase.generate],  # shrinking a failing training step takes minutes
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
 settings.register_profile("default", max_examples=25, **_common)
@@ -26,7 +26,7 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def _torch_ops_outside_tests_ops(request, monkeypatch):
-    """On a CPU the interpreter is for tests of the kernels; the trainer's tests use the ops' torch path, as its users do."""
+    """On a CPU the interpreter is for tests of the kernels; the trainer's tests use the torch path, as its users do."""
     if "ops" not in request.path.parent.parts:
         from ibft_kernels import _dispatch
 

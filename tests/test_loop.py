@@ -1,4 +1,4 @@
-"""The loop's promises: exact accumulation, packing that changes nothing, evaluation that leaves no trace, one curve on every backend."""
+"""The loop's promises: exact accumulation, packing that changes nothing, evaluation without a trace, one curve."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_accumulation_is_exact(folder, packing, checkpointing, split):
 
 
 def test_packing_changes_no_gradient(folder):
-    """The same samples in one step, packed and one a row: noise and dropout follow the sample, attention stays inside it."""
+    """One step of the same samples, packed and one a row: noise and dropout follow the sample."""
     padded, _ = first_gradient(folder, "data.packing=false", "train.gradient_accumulation_steps=8")
     packed, _ = first_gradient(folder, "data.packing=true", "data.max_length=64", "train.gradient_accumulation_steps=8")
     assert_same(packed, padded)
@@ -205,8 +205,8 @@ def test_clipping(folder, mode, expected):
 
 def test_learning_rates_warm_up_and_decay_and_the_bottleneck_has_its_own(folder):
     trainer = tiny_trainer(
-        folder, random_samples(LENGTHS * 4), "train.max_steps=10", "train.warmup_ratio=0.2", "train.lr_scheduler_type=linear",
-        "ib.learning_rate=0.5",
+        folder, random_samples(LENGTHS * 4), "train.max_steps=10", "train.warmup_ratio=0.2",
+        "train.lr_scheduler_type=linear", "ib.learning_rate=0.5",
     )  # fmt: skip
     rates = []
     trainer.on_log = lambda row: rates.append(row["learning_rate"])

@@ -84,7 +84,7 @@ def test_refuses_what_it_would_compute_wrongly():
 
 
 def test_a_loaded_model_keeps_its_bytes_and_its_logits(tmp_path):
-    """Adopted from transformers' own 4-bit loading: same bytes, same logits as bitsandbytes' layers, through no-grad passes."""
+    """Adopted from transformers' own 4-bit loading: same bytes, same logits as bitsandbytes' layers."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     def load():

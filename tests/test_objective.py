@@ -1,4 +1,4 @@
-"""The trainer's loss and gradients against an independent writing of the formulas: no code of the trainer, none of PEFT."""
+"""The trainer's loss and gradients against an independent writing of the formulas, without PEFT."""
 
 import math
 import types
@@ -35,7 +35,8 @@ def float64_norms(model):
 def oracle(trainer, micro_batches, *, alpha, beta, layer, scaling):
     """L = CE + alpha (KL + beta CE_z) as `authors-code` has it, over a whole global batch, and its gradients.
 
-    In float64 whatever the trainer's dtype. LoRA is written as W + s B A on a bare transformers model, h as hidden_states[layer], full logits at every position.
+    In float64 whatever the trainer's dtype. LoRA is written as W + s B A on a bare transformers model, h as
+    hidden_states[layer], full logits at every position.
     """
     peft_model = trainer.model
     bare = peft_model.get_base_model()
@@ -65,9 +66,8 @@ def oracle(trainer, micro_batches, *, alpha, beta, layer, scaling):
     ce = ce_z = kl = 0.0
     labels_in_all = positions_in_all = 0
     for batch in micro_batches:
-        out = torch.func.functional_call(
-            plain, parameters, kwargs={"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "output_hidden_states": True}
-        )  # fmt: skip
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "output_hidden_states": True}
+        out = torch.func.functional_call(plain, parameters, kwargs=inputs)
         B, T = batch.input_ids.shape
         labels = torch.full((B * T,), -100)
         labels[batch.label_rows] = batch.targets
@@ -118,7 +118,8 @@ def test_authors_code_objective_equals_the_formulas(
     trainer = tiny_trainer(
         folder, random_samples(lengths, seed=sum(lengths)), *AUTHORS_CODE, "model.quantization=none", "lora.dropout=0",
         "data.max_length=24", f"ib.latent_dim={latent}", f"lora.r={rank}", f"ib.layer={layer}", f"ib.alpha={alpha}",
-        f"ib.beta={beta}", f"train.per_device_train_batch_size={micro}", "train.gradient_accumulation_steps=2", f"lora.alpha={2 * rank}",
+        f"ib.beta={beta}", f"train.per_device_train_batch_size={micro}", "train.gradient_accumulation_steps=2",
+        f"lora.alpha={2 * rank}",
     )  # fmt: skip
     randomise_lora(trainer.model)
     trainer.objective.bottleneck.encoder.weight.data.mul_(spread)
@@ -209,7 +210,7 @@ def test_alpha_zero_is_plain_fine_tuning_at_no_cost(folder):
 
 
 def test_only_one_hidden_state_is_kept_alive(folder):
-    """The tensors that autograd keeps with the bottleneck's tap, against those without: only the encoder's own are added."""
+    """What autograd keeps with the tap, against what it keeps without: only the bottleneck's own is added."""
 
     def saved_bytes(*overrides):
         trainer = tiny_trainer(folder, random_samples([40, 40]), "train.gradient_checkpointing=true", *overrides)

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -187,7 +188,6 @@ from ibft.evaluation.judge import judge
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 print(judge(["pass", "open('a', 'wb').write(bytes(9999))"]))
 """
-    import subprocess
 
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == str(
