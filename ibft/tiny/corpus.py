@@ -3,7 +3,8 @@
 Most documents are source code, with the description where a programmer would put it (docstring, comment above, comment
 inside, comment below), in each block's first wording, and the body often a loop. A small share, `INSTRUCTION_SHARE`,
 has the tasks' own form and all wordings, so that the base follows an instruction, if badly: what fine-tuning on the
-train tasks is to mend. No document shows a composition of the train, validation or test tasks.
+train tasks is to mend. The rest, `CALLS_SHARE`, only calls functions. No document shows a composition of the train,
+validation or test tasks.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Pretrains the bundled base model from nothing: `python -m ibft.tiny.pretrain --out DIR` (about 20 minutes, 2 cores).
+"""Pretrains the bundled base model from nothing: `python -m ibft.tiny.pretrain --out DIR` (27 minutes, one CPU thread).
 
 Its whole recipe is here: the corpus is composed while it trains (`corpus`), so there is nothing to download. Next-token
 loss on blocks of whole documents, AdamW, cosine schedule, bf16 autocast; the saved weights are bf16 safetensors.

@@ -48,6 +48,7 @@ def test_every_part_of_a_big_llama_is_there(model, tokenizer):
     config = model.config
     assert (config.model_type, config.num_hidden_layers, config.hidden_act) == ("llama", 8, "silu")
     assert 1 < config.num_key_value_heads < config.num_attention_heads, "grouped-query attention"
+    assert not config.tie_word_embeddings
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)

@@ -133,6 +133,9 @@ def test_the_corpus_shows_only_the_pool(monkeypatch):
     assert not held_out & {c.key for c in shown}
     assert not {row["instruction"] for name in SPLITS for row in ROWS[name]} & {t.split("\n")[0] for t in texts}
     for text in texts:
+        if text.startswith("from tools"):
+            names = text.split("\n")[0].removeprefix("from tools import ").split(", ")
+            assert all(f"print({name}(" in text for name in names), "every name is copied"
         compile(text if text.startswith(("def ", "#", "from tools")) else text.split("\n", 1)[1], "document", "exec")
 
 
