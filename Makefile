@@ -1,6 +1,8 @@
 # One command each. `make train` and `make test` set up .venv on first use.
 #   VENV=DIR     use (or make) the virtual environment DIR instead of .venv
 #   PYTHON=PATH  use that interpreter's environment as it is; nothing is installed
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 VENV ?= .venv
 
 ifdef PYTHON

@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported until a command runs: `ibft-fast --help` answers at once."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,8 @@ def train(
         from ibft.load_config import load_config
 
         config, notices = load_config(config_file, given)
+        # transformers 5.23 deprecates names that transformers 5.17 and PEFT still need: nothing a user can act on
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
         from ibft.run import run_training
 
         code = run_training(config, out, dry_run=dry_run, notices=notices)

@@ -83,6 +83,8 @@ class Console:
         table.add_row("tokens/s", "", f"{result['tokens_per_second']:,.0f}")
         table.add_row("peak memory", "", f"{result['peak_memory_mib']:,.0f} MiB")
         self.rich.print(table)
+        if "not_judged" in (result["pass_at_1"]["before"] or {}):
+            self.notice(f"Pass@1 not judged: {result['pass_at_1']['before']['not_judged']}")
         self.rich.print(f"adapter: {path}/adapter (last), {path}/adapter-best (lowest held-out CE)" if result["eval_ce"]
                         else f"adapter: {path}/adapter", markup=False)  # fmt: skip
 
@@ -105,5 +107,5 @@ def _pass(value: dict[str, Any] | None) -> str:
     if value is None:
         return "no tasks"
     if "not_judged" in value:
-        return f"not judged: {value['not_judged']}"
+        return "not judged"
     return f"{value['value']:.1%} ({value['passed']}/{value['tasks']})"

@@ -5,6 +5,7 @@ Every patch is on the instance that was loaded; no class of transformers or PEFT
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,10 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) 
         SetupError: see `load_model_config`. ConfigError: not of the Llama family.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # a bar in a log file is noise
     path = resolve_path(config.name_or_path)
     kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "revision": config.revision}
     if config.quantization == "nf4":

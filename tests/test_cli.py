@@ -40,6 +40,11 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["train", *map(str, arguments)], catch_exceptions=False)
 
 
+def user_environment():
+    """Without what tests/conftest.py sets: no offline switches, no interpreter."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_", "TRITON_"))}
+
+
 def assert_refused(result, code, *parts):
     """The right exit code and one line on stderr; nothing of a traceback."""
     assert result.exit_code == code, result.output
@@ -81,12 +86,9 @@ def test_a_default_run_needs_no_network(tmp_path):
     """The whole of `ibft-fast train`, shortened, in a process whose sockets refuse; then what it leaves behind."""
     attempts, run = tmp_path / "attempts", tmp_path / "run"
     attempts.touch()
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_", "TRITON_"))
-    }
     done = subprocess.run(
         [sys.executable, "-c", NO_NETWORK, attempts, "train", "-o", run, *QUICK, "eval.max_tasks=4",
-        "eval.max_new_tokens=16"], capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path,
+        "eval.max_new_tokens=16"], capture_output=True, text=True, env=user_environment(), timeout=300, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert attempts.read_text() == ""
@@ -142,7 +144,7 @@ def test_code_alpaca_on_the_bundled_base(tmp_path):
     result = invoke(
         f"data.path={data}",
         "train.max_steps=30",
-        "data.max_samples=400",
+        "data.max_length=256",
         "-o",
         tmp_path / "run",
         "train.logging_steps=1",
@@ -251,7 +253,7 @@ def test_an_interrupted_run_is_saved(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "ibft.cli", "train", "-o", run, *QUICK, "train.max_steps=10000", "eval.max_tasks=1",
          "eval.max_new_tokens=4"],
-        stdout=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, text=True, env=user_environment(),
     )  # fmt: skip
     try:
         while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
