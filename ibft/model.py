@@ -49,15 +49,20 @@ def load_model_config(config: ModelConfig) -> Any:
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
-    """The base's tokenizer; a pad token is set where it has none (pads are masked by position, not by id)."""
+    """The base's tokenizer, slow or fast, as it is published."""
     from transformers import AutoTokenizer
 
     path = resolve_path(config.name_or_path)
     with _hub_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        return AutoTokenizer.from_pretrained(path, revision=config.revision)
+
+
+def pad_id_of(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Any id does where the tokenizer has no pad token: pads are masked by position, not by id."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
 
 
 def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
@@ -66,6 +71,7 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) 
     Raises:
         SetupError: see `load_model_config`. ConfigError: not of the Llama family.
     """
+    from accelerate.hooks import remove_hook_from_submodules
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -78,6 +84,8 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) 
     with _hub_errors(path):
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=config.attn_implementation, **kwargs)
     decoder_of(model)
+    # for a quantised model transformers lets accelerate hook every module to move its inputs: here all is on one device
+    remove_hook_from_submodules(model)
     if config.quantization == "nf4" and adopt_linear4bit(model) == 0:
         raise ConfigError(f"{config.name_or_path}: no linear layer was quantised; set model.quantization=none")
     model.requires_grad_(False)

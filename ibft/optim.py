@@ -1,5 +1,6 @@
 """Optimizer and schedule: two parameter groups, LoRA and bottleneck, so that norms, clipping and rates can differ."""
 
+import math
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def make_scheduler(optimizer: Any, config: TrainConfig, total_steps: int) -> Any
     """Warm-up, then cosine, linear or constant, over `total_steps` optimizer steps."""
     from transformers import get_scheduler
 
-    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * total_steps)
+    warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * total_steps)
     kind = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
     return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -51,6 +52,8 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
     for notice in notices or []:
         console.notice(notice)
     with out_of_memory_advice():
+        run_dir = RunDir(out)
+        check_trackers(config)
         device = choose_device(config)
         dtype = choose_dtype(config.train, device)
 
@@ -66,7 +69,11 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
             console.notice("dry run: configuration, model files and data are in order; nothing was trained or written")
             return 0
 
-        run_dir = RunDir(out)
+        accelerator = make_accelerator(config, device, dtype, run_dir)
+        trainer, notes = build_trainer(config, tokenizer, data, layer, accelerator, dtype)
+        for notice in notes:
+            console.notice(notice)
+        run_dir.create()
         run_dir.write_config(config)
         run_dir.write_manifest(
             device=device_name(device),
@@ -76,10 +83,7 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
             data_sha256=data.sha256,
             ib_layer=layer,
         )
-        accelerator = make_accelerator(config, device, dtype, run_dir)
-        trainer, notes = build_trainer(config, tokenizer, data, layer, accelerator, dtype)
-        for notice in notes:
-            console.notice(notice)
+        start_trackers(config, accelerator)
         return train_and_report(config, trainer, tokenizer, tasks, run_dir, console)
 
 
@@ -153,7 +157,7 @@ def build_trainer(
     """Load the base, attach LoRA and bottleneck, make the optimizer; also notices for the user."""
     from ibft.bottleneck import InformationBottleneck
     from ibft.loop import Trainer, count_steps
-    from ibft.model import add_lora, load_base, lora_parameters
+    from ibft.model import add_lora, load_base, lora_parameters, pad_id_of
     from ibft.noise import NoiseContext
     from ibft.objective import IBObjective
     from ibft.optim import Groups, make_optimizer, make_scheduler
@@ -193,7 +197,7 @@ def build_trainer(
         accelerator=accelerator,
         data=data.train,
         eval_data=data.held_out,
-        pad_id=int(tokenizer.pad_token_id),
+        pad_id=pad_id_of(tokenizer),
         total_steps=total_steps,
     )
     return trainer, notices
@@ -239,21 +243,27 @@ def make_accelerator(config: Config, device: torch.device, dtype: torch.dtype, r
     from accelerate import Accelerator
 
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype]
-    try:
-        accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision=precision,
-            log_with=list(config.train.report_to) or None,
-            project_dir=str(run_dir.path),
-        )
-        if config.train.report_to:
-            flat = {f"{section}.{key}": value if isinstance(value, int | float | bool | str) else str(value)
-                    for section, values in config.model_dump().items() if isinstance(values, dict)
-                    for key, value in values.items()}  # fmt: skip
-            accelerator.init_trackers("ibft-fast", config=flat)
-    except ValueError as error:
-        raise SetupError(f"train.report_to={','.join(config.train.report_to)}: {error}") from error
-    return accelerator
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        log_with=list(config.train.report_to) or None,
+        project_dir=str(run_dir.path),
+    )
+
+
+def check_trackers(config: Config) -> None:
+    """Raises SetupError for a tracker that is not installed (accelerate would leave it out in silence)."""
+    for name in config.train.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise SetupError(f"train.report_to={name}: not installed; run `pip install {name}`")
+
+
+def start_trackers(config: Config, accelerator: "Accelerator") -> None:
+    if config.train.report_to:
+        sections = {name: value for name, value in config.model_dump().items() if isinstance(value, dict)}
+        flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()}
+        accelerator.init_trackers("ibft-fast", config=plain)
 
 
 def load_data(config: Config, tokenizer: "PreTrainedTokenizerBase", console: Console) -> Datasets:
@@ -323,7 +333,7 @@ def pass_at_1(
     when: str,
 ) -> dict[str, Any] | None:
     """Greedy Pass@1 on the tasks; None without tasks; {"not_judged": reason} where code cannot be judged safely."""
-    from ibft.evaluation.generate import generate
+    from ibft.evaluation.generate import extract_code, generate
     from ibft.evaluation.judge import judge_tasks, why_not_judged
 
     if not tasks:
@@ -339,7 +349,7 @@ def pass_at_1(
             batch_size=config.eval.batch_size,
             progress=advance,
         )
-    verdicts = judge_tasks(tasks, completions)
+    verdicts = judge_tasks(tasks, [extract_code(completion) for completion in completions])
     passed = sum(verdict.passed for verdict in verdicts)
     return {"passed": passed, "tasks": len(tasks), "value": passed / len(tasks)}
 

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import time
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class RunDir:
     """Paths and writers of one run.
 
     Raises:
-        ConfigError: the folder already holds a run. SetupError: it cannot be written.
+        ConfigError: the folder already holds a run, or is a file.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -60,6 +61,9 @@ class RunDir:
             raise ConfigError(f"{self.path} already holds a run: choose another folder with -o, or delete it")
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file, expected a folder")
+
+    def create(self) -> None:
+        """Make the folder; before this, nothing is written. Raises SetupError where that cannot be done."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "metrics.jsonl").touch(exist_ok=False)
@@ -87,7 +91,11 @@ class RunDir:
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl; on disk when this returns, so that a killed run keeps its curve."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
+            # JSON has no infinity: an fp16 step that the loss scaler skips has such a gradient norm
+            finite = {
+                key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
+            }
+            file.write(json.dumps({**finite, "time": round(time.time(), 3)}) + "\n")
 
     def save_adapter(
         self,

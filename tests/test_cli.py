@@ -225,6 +225,7 @@ def test_bad_environment(tmp_path):
     assert_refused(invoke(f"model.name_or_path={tmp_path}", *model), 4, "no weights")
     assert_refused(invoke("model.name_or_path=nobody/no-such-model-here", *model), 4, "hf download")
     assert_refused(invoke(f"model.name_or_path={tmp_path}/absent", *model), 4, "no folder")
+    assert_refused(invoke("train.report_to=wandb", *QUICK, "-o", tmp_path / "run"), 4, "pip install wandb")
     if not torch.cuda.is_available():
         assert_refused(invoke("runtime.device=cuda", "-o", tmp_path / "run"), 4, "no CUDA device")
     assert not (tmp_path / "run").exists()

@@ -29,6 +29,7 @@ def test_the_adapter_loads_in_plain_peft_on_the_plain_base(tmp_path, quantizatio
     trainer.train()
     randomise_lora(trainer.model)
     run = RunDir(tmp_path / "run")
+    run.create()
     saved = run.save_adapter("adapter", trainer.model, trainer.objective.bottleneck, SavedTokenizer())
 
     settings = {}
@@ -61,6 +62,7 @@ def test_saving_again_replaces_the_old_and_checkpoints_are_pruned_by_number(tmp_
     folder = save_tiny_model(tmp_path / "base")
     trainer = tiny_trainer(folder, random_samples([12]))
     run = RunDir(tmp_path / "run")
+    run.create()
     for step in (9, 10, 100):
         run.save_adapter(f"checkpoints/step-{step}", trainer.model, trainer.objective.bottleneck, SavedTokenizer())
     run.keep_last_checkpoints(2)
@@ -147,7 +149,7 @@ def test_unreachable_hub_for_real():
 
 
 def test_two_runs_never_share_a_folder(tmp_path):
-    RunDir(tmp_path / "run")
+    RunDir(tmp_path / "run").create()
     with pytest.raises(ConfigError, match=r"already holds a run: choose another folder with -o, or delete it"):
         RunDir(tmp_path / "run")
     (tmp_path / "file").write_text("")

@@ -136,10 +136,11 @@ def test_authors_code_objective_equals_the_formulas(
     found = gradients(trainer)
     assert found.keys() == expected_grads.keys()
     found, expected_grads = split_encoder(found), split_encoder(expected_grads)
-    # some gradients are zero but for rounding (q and k, where the only label sees a single key)
-    smallest = 1e-3 * max(value.norm() for value in expected_grads.values())
+    # the gradients of q and k are small differences of large terms (zero, where the only label sees a single key):
+    # rounding of the largest gradient's last digit is allowed beside the relative error
+    rounding = {torch.float64: 1e-12, torch.float32: 1.2e-7}[dtype] * max(v.norm() for v in expected_grads.values())
     for name, value in expected_grads.items():
-        assert (found[name] - value).norm() <= tolerance * max(value.norm(), smallest), name
+        assert (found[name] - value).norm() <= tolerance * value.norm() + rounding, name
 
 
 def split_encoder(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

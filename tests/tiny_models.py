@@ -55,7 +55,7 @@ def random_samples(lengths, *, prompt_share: float = 0.4, seed: int = 0) -> Enco
 class FakeTokenizer:
     """All that the trainer asks of a tokenizer when its data are ids already."""
 
-    pad_token_id = 0
+    pad_token_id, eos_token_id = 0, 1
 
 
 def tiny_config(folder: str, *overrides: str) -> Config:
