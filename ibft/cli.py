@@ -44,7 +44,9 @@ def train(
     6 out of memory, 130/143 interrupted and saved.
     """
     given = list(arguments or [])
-    config_file = given.pop(0) if given and "=" not in given[0] else None
+    config_file = None
+    if given and ("=" not in given[0] or given[0].endswith((".yaml", ".yml"))):
+        config_file = given.pop(0)
     try:
         from ibft.load_config import load_config
 

@@ -39,7 +39,8 @@ class DataConfig(Section):
     eval_path: str | None = None
     """Held-out rows; if absent, `val_size` of the training rows are held out."""
     val_size: Share = 0.02
-    """Share of the rows held out where there is no eval_path (at least 1, at most 512 rows); 0: no evaluation."""
+    """Share of the rows held out where there is no eval_path (at least 1, at most 512 rows); 0: no evaluation.
+    The bundled data have held-out rows of their own."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Tokens of the longest row; longer samples are truncated on the right, and counted."""
     packing: bool = True
@@ -57,7 +58,7 @@ class LoraConfig(Section):
     alpha: PositiveInt = 32
     dropout: Share = 0.05
     """One mask per shared input (q/k/v; gate/up), keyed by the sample."""
-    target_modules: tuple[Projection, ...] = (
+    target_modules: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     """Linear layers that get LoRA."""
@@ -87,9 +88,9 @@ class IBConfig(Section):
 
 
 class TrainConfig(Section):
-    max_steps: Annotated[int, Field(ge=-1)] = -1
+    max_steps: PositiveInt | Literal[-1] = -1
     """Optimizer steps; -1: num_train_epochs decides."""
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3
+    num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3
     per_device_train_batch_size: PositiveInt = 1
     """Rows per micro-batch."""
     gradient_accumulation_steps: PositiveInt = 4
@@ -103,7 +104,7 @@ class TrainConfig(Section):
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     max_grad_norm: NonNegative = 1.0
     """Gradient clipping; 0: none."""
     clip_mode: Literal["joint", "per_group"] = "joint"
@@ -173,6 +174,14 @@ class Config(Section):
                 "ib.kl_tokens=all counts pads, so it needs rows of one length: "
                 "set data.packing=false data.pad_to_max_length=true"
             )
-        if self.data.path == BUNDLED != self.model.name_or_path and self.data.eval_path is None:
+        if self.data.packing and self.model.attn_implementation.startswith("flash"):
+            # transformers recognises packed rows for flash attention only in batches of one
+            rows = (self.train.per_device_train_batch_size, self.train.per_device_eval_batch_size)
+            if rows != (1, 1):
+                raise ValueError(
+                    f"model.attn_implementation={self.model.attn_implementation} with data.packing needs "
+                    "train.per_device_train_batch_size=1 and train.per_device_eval_batch_size=1"
+                )
+        if self.data.path == BUNDLED != self.model.name_or_path:
             raise ValueError("data.path is required with a model of your own (a file or a hub id)")
         return self

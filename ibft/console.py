@@ -71,7 +71,7 @@ class Console:
             task = bar.add_task(what, total=total)
             yield lambda done, *_: bar.update(task, completed=done)
 
-    def result(self, result: dict[str, Any], path: Path) -> None:
+    def result(self, result: dict[str, Any], path: Path, *, kept_best: bool) -> None:
         first, last = result["first"], result["last"]
         table = Table("", "first", "last", title="result", title_justify="left")
         for key, label in (("loss", "loss"), ("ce", "CE"), ("kl", "KL (nats)"), ("ce_z", "CE_z")):
@@ -85,8 +85,8 @@ class Console:
         self.rich.print(table)
         if "not_judged" in (result["pass_at_1"]["before"] or {}):
             self.notice(f"Pass@1 not judged: {result['pass_at_1']['before']['not_judged']}")
-        self.rich.print(f"adapter: {path}/adapter (last), {path}/adapter-best (lowest held-out CE)" if result["eval_ce"]
-                        else f"adapter: {path}/adapter", markup=False)  # fmt: skip
+        best = f" (last), {path}/adapter-best (lowest held-out CE)" if kept_best else ""
+        self.rich.print(f"adapter: {path}/adapter{best}", markup=False)
 
 
 def describe_objective(config: Config, layer: int | None, layers: int) -> str:

@@ -122,7 +122,9 @@ def _read_yaml(path: Path) -> Tree:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: malformed YAML: {getattr(error, 'problem', None) or error}") from error
+        raise ConfigError(
+            f"{path}{where}: malformed YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+        ) from error
     if content is None:
         return {}
     if not isinstance(content, dict):

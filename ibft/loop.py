@@ -61,28 +61,39 @@ class Trainer:
     epoch: int = 0
     best: float = math.inf
     interrupted: signal.Signals | None = None
-    window: "Window" = field(default_factory=lambda: Window())
+    window: "Window" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.window = Window(self.accelerator.device)
 
     def train(self) -> None:
-        """Run to `total_steps`, or to an interrupt; the last state is saved either way."""
+        """Run to `total_steps`, or to an interrupt; the last state is saved either way.
+
+        Raises:
+            NonFiniteError: a loss, gradient, weight or held-out loss is not finite; nothing of it is saved.
+        """
         steps_per_epoch = count_steps(self.data, self.config)
+        assert steps_per_epoch > 0, "encode_rows refuses data without samples"
+        self.window = Window(self.accelerator.device)  # the clock starts here, not at the building of the trainer
         while self.step < self.total_steps and not self.interrupted:
             for micro_batches in self.batches(self.data, epoch=self.epoch):
                 row = self.train_step(micro_batches)
                 self.step += 1
-                if self.due(self.config.train.logging_steps) or self.step == 1:
+                if self.logs(self.step):
                     self.log(row)
                 self.on_step(self.step, row)
+                if self.interrupted:
+                    break
                 if self.due(self.config.train.eval_steps or steps_per_epoch) and self.step < self.total_steps:
                     self.evaluate_and_keep_best()
                 if self.due(self.config.checkpoint.save_steps):
-                    self.on_save(f"checkpoints/step-{self.step}")
-                if self.step == self.total_steps or self.interrupted:
+                    self.save(f"checkpoints/step-{self.step}")
+                if self.step == self.total_steps:
                     break
             self.epoch += 1
         if not self.interrupted:
             self.evaluate_and_keep_best()
-        self.on_save("adapter")
+        self.save("adapter")
 
     def train_step(self, micro_batches: list[Batch]) -> Row:
         """One optimizer step over a global batch; its metrics, still on the device.
@@ -91,14 +102,14 @@ class Trainer:
             NonFiniteError: before the optimizer touches anything.
         """
         self.model.train()
-        collect = self.due(self.config.train.logging_steps, step=self.step + 1) or self.step == 0
-        parts = self.backward(micro_batches, collect=collect)
+        parts = self.backward(micro_batches, collect=self.logs(self.step + 1))
         norms = gradient_norms(self.groups)
         if self.check_finite(parts, norms):
             clip_gradients(self.groups, norms, self.config.train)
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
-        self.scheduler.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # by the fp16 loss scaler
+            self.scheduler.step()
         self.optimizer.zero_grad()
         self.window.add(micro_batches)
         kl_tokens = sum(batch.num_kl_tokens for batch in micro_batches)
@@ -180,15 +191,26 @@ class Trainer:
             return
         with self.window.paused():
             value = self.evaluate()
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"step {self.step}: the held-out cross-entropy is {value}; this state is not saved"
+                )
             self.on_log({"step": self.step, "eval_ce": value})
             if value < self.best:
                 self.best = value
-                self.on_save("adapter-best")
+                self.save("adapter-best")
+
+    def save(self, name: str) -> None:
+        """Hand the state to `on_save`, unless a weight is not finite: such a file would only look like a result."""
+        weights = [parameter.detach() for params in self.groups.values() for parameter in params]
+        if not bool(torch.stack([torch.isfinite(weight).all() for weight in weights]).all()):
+            raise NonFiniteError(f"step {self.step}: a weight is not finite; {name} is not saved")
+        self.on_save(name)
 
     def log(self, row: Row) -> None:
         """Bring the metrics to the host (with the finiteness check, the only regular synchronisation), hand them on."""
         parts: LossParts = row["parts"]
-        tokens, seconds = self.window.read(self.accelerator.device)
+        tokens, seconds = self.window.read()
         values: Row = {
             "step": self.step,
             "epoch": self.epoch,
@@ -208,7 +230,7 @@ class Trainer:
         self.on_log(values)
 
     def check_finite(self, parts: LossParts, norms: dict[str, torch.Tensor]) -> bool:
-        """True if loss and gradients are finite. One synchronisation a step: a poisoned run is stopped before it saves.
+        """True if loss and gradients are finite. One synchronisation a step: a poisoned run stops at once.
 
         Under fp16 a non-finite *gradient* is the loss scaler's business (it skips the step and backs off): False, and
         an error only if the scale has already sunk to nothing.
@@ -243,8 +265,12 @@ class Trainer:
             shuffle=not evaluation,
         )
 
-    def due(self, every: int, *, step: int | None = None) -> bool:
-        return every > 0 and (self.step if step is None else step) % every == 0
+    def due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def logs(self, step: int) -> bool:
+        """Whether step number `step` (from 1) is logged: every `logging_steps`, the first and the last."""
+        return step % self.config.train.logging_steps == 0 or step in (1, self.total_steps)
 
     def interrupt(self, number: int, _frame: Any = None) -> None:
         """Signal handler: stop after the step under way. A second signal stops at once."""
@@ -267,7 +293,8 @@ def count_steps(data: EncodedData, config: Config) -> int:
 class Window:
     """Real tokens and seconds of training since the last reading, and in all; evaluation does not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.total_tokens, self.total_seconds = 0, 0.0
         self.tokens, self.start = 0, time.perf_counter()
 
@@ -276,14 +303,17 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        since = time.perf_counter()
+        since = self.now()
         yield
-        self.start += time.perf_counter() - since
+        self.start += self.now() - since
 
-    def read(self, device: torch.device) -> tuple[int, float]:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        tokens, seconds = self.tokens, time.perf_counter() - self.start
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def read(self) -> tuple[int, float]:
+        tokens, seconds = self.tokens, self.now() - self.start
         self.total_tokens += tokens
         self.total_seconds += seconds
         self.tokens, self.start = 0, time.perf_counter()

@@ -28,10 +28,12 @@ ADAPTER = "default"
 
 
 def resolve_path(name_or_path: str) -> str:
-    """The bundled base's folder for its name; anything else unchanged."""
+    """The bundled base's folder for its name; `~` expanded; anything else unchanged."""
     from ibft.tiny import BASE_DIR
 
-    return str(BASE_DIR) if name_or_path == BUNDLED else name_or_path
+    if name_or_path == BUNDLED:
+        return str(BASE_DIR)
+    return os.path.expanduser(name_or_path) if name_or_path.startswith("~") else name_or_path
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -96,11 +98,17 @@ def add_lora(model: "PreTrainedModel", config: LoraConfig, *, noise: NoiseContex
     """Trainable LoRA (fp32 masters) on the chosen projections, its dropout keyed by the sample.
 
     Initialised from torch's CPU generator, seeded with the run's seed, so that it is the same on every device.
+
+    Raises:
+        ConfigError: the model lacks one of the projections.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if missing := set(config.target_modules) - names:
+        raise ConfigError(f"lora.target_modules: the model has no {', '.join(sorted(missing))}")
     settings = PeftLoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
@@ -151,9 +159,9 @@ def _nf4_settings(dtype: torch.dtype) -> Any:
 
 
 def _check_local_folder(path: str) -> None:
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
-        if path.startswith((".", "/", "~")):
+        if path.startswith((".", "/")):
             raise SetupError(f"model.name_or_path: no folder {path}")
         return
     if not (folder / "config.json").is_file():
@@ -169,7 +177,9 @@ def _hub_errors(path: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise
         raise SetupError(f"model {path} {_why(path, error)}") from error
 
 
@@ -193,4 +203,5 @@ def _why(path: str, error: Exception) -> str:
         return "has no such revision"
     if not os.path.isdir(path) and isinstance(error, OSError):
         return f"is neither a local folder nor reachable: check the network, or fetch it once with `hf download {path}`"
-    return f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+    lines = str(error).strip().splitlines()
+    return f"cannot be loaded: {' '.join(line.strip() for line in lines[:2])}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import math
 import os
@@ -45,7 +45,8 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
     Raises:
         IBFTError: whatever the user can mend.
     """
-    if config.model.name_or_path == BUNDLED and is_local(config.data.path) and is_local(config.data.eval_path):
+    named = (config.data.path, config.data.eval_path, config.eval.tasks)
+    if config.model.name_or_path == BUNDLED and all(is_local(path) for path in named):
         # the bundled base is on disk: no library need ask the network for anything. Never set for a user's own model.
         os.environ["HF_HUB_OFFLINE"] = "1"
     console = Console()
@@ -65,6 +66,8 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
         data = load_data(config, tokenizer, console)
         tasks = load_tasks(config)
         console.header(config, layer=layer, layers=base_config.num_hidden_layers, device=device, dtype=dtype, data=data)
+        if config.data.max_length > base_config.max_position_embeddings:
+            console.notice(f"data.max_length is beyond the model's {base_config.max_position_embeddings:,} positions")
         if dry_run:
             console.notice("dry run: configuration, model files and data are in order; nothing was trained or written")
             return 0
@@ -73,6 +76,7 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
         trainer, notes = build_trainer(config, tokenizer, data, layer, accelerator, dtype)
         for notice in notes:
             console.notice(notice)
+        start_trackers(config, accelerator)
         run_dir.create()
         run_dir.write_config(config)
         run_dir.write_manifest(
@@ -83,8 +87,10 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
             data_sha256=data.sha256,
             ib_layer=layer,
         )
-        start_trackers(config, accelerator)
-        return train_and_report(config, trainer, tokenizer, tasks, run_dir, console)
+        try:
+            return train_and_report(config, trainer, tokenizer, tasks, run_dir, console)
+        except OSError as error:  # a full disk, a vanished folder
+            raise SetupError(f"run folder {run_dir.path}: {error.strerror or error}") from error
 
 
 def train_and_report(
@@ -110,10 +116,10 @@ def train_and_report(
             run_dir.keep_last_checkpoints(config.checkpoint.keep_last)
 
     trainer.on_log, trainer.on_save = log, save
-    before = pass_at_1(config, trainer, tokenizer, tasks, console, "before")
     handlers = {number: signal.signal(number, trainer.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    started = time.perf_counter()
     try:
+        before = pass_at_1(config, trainer, tokenizer, tasks, console, "before")
+        started = time.perf_counter()
         with console.progress("training", trainer.total_steps) as advance:
             trainer.on_step = lambda step, _row: advance(step)
             trainer.train()
@@ -122,7 +128,7 @@ def train_and_report(
             signal.signal(number, handler)
         trainer.accelerator.end_training()
     seconds = time.perf_counter() - started
-    trainer.window.read(trainer.accelerator.device)
+    trainer.window.read()
     if trainer.interrupted:
         console.notice(
             f"interrupted by {trainer.interrupted.name} after step {trainer.step}; saved to {run_dir.path}/adapter"
@@ -142,7 +148,7 @@ def train_and_report(
         "pass_at_1": {"before": before, "after": after},
     }
     run_dir.write_json("result.json", result)
-    console.result(result, run_dir.path)
+    console.result(result, run_dir.path, kept_best=(run_dir.path / "adapter-best").exists())
     return 0
 
 
@@ -204,7 +210,10 @@ def build_trainer(
 
 
 def is_local(path: str | None) -> bool:
-    return path is None or path == BUNDLED or Path(path).expanduser().exists()
+    try:
+        return path is None or path == BUNDLED or Path(path).expanduser().exists()
+    except OSError:  # a locked folder, a name too long: `load_rows` says so
+        return True
 
 
 def choose_device(config: Config) -> torch.device:
@@ -254,8 +263,10 @@ def make_accelerator(config: Config, device: torch.device, dtype: torch.dtype, r
 def check_trackers(config: Config) -> None:
     """Raises SetupError for a tracker that is not installed (accelerate would leave it out in silence)."""
     for name in config.train.report_to:
-        if importlib.util.find_spec(name) is None:
-            raise SetupError(f"train.report_to={name}: not installed; run `pip install {name}`")
+        try:
+            importlib.metadata.version(name)  # an import would also find a folder of that name, as wandb leaves one
+        except importlib.metadata.PackageNotFoundError:
+            raise SetupError(f"train.report_to={name}: not installed; run `pip install {name}`") from None
 
 
 def start_trackers(config: Config, accelerator: "Accelerator") -> None:
@@ -263,7 +274,11 @@ def start_trackers(config: Config, accelerator: "Accelerator") -> None:
         sections = {name: value for name, value in config.model_dump().items() if isinstance(value, dict)}
         flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()}
-        accelerator.init_trackers("ibft-fast", config=plain)
+        try:
+            accelerator.init_trackers("ibft-fast", config=plain)
+        except Exception as error:  # whatever a tracker's own library raises: not logged in, no network
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SetupError(f"train.report_to={','.join(config.train.report_to)}: {reason}") from error
 
 
 def load_data(config: Config, tokenizer: "PreTrainedTokenizerBase", console: Console) -> Datasets:
@@ -291,7 +306,7 @@ def load_data(config: Config, tokenizer: "PreTrainedTokenizerBase", console: Con
         held_out = encode_rows(rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos)
         console.data("held-out data", held_out.summary())
     elif settings.val_size > 0 and len(train.samples) > 1:
-        count = min(max(1, round(settings.val_size * len(train.samples))), MAX_HELD_OUT)
+        count = min(max(1, round(settings.val_size * len(train.samples))), MAX_HELD_OUT, len(train.samples) - 1)
         train, held_out = hold_out(train, count)
         console.data("held-out data", f"{count} of these samples, drawn at random (data.val_size)")
     return Datasets(train, held_out, digest)
@@ -361,8 +376,9 @@ class out_of_memory_advice:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
-            peak = torch.cuda.max_memory_allocated() / 2**30
+        cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        if cpu or isinstance(error, torch.OutOfMemoryError):
+            peak = peak_memory_mib(torch.device("cpu" if cpu else "cuda")) / 2**10
             raise OutOfMemoryError(
                 f"out of memory after {peak:.1f} GiB: try train.gradient_checkpointing=true, "
                 "train.per_device_train_batch_size=1 (and more train.gradient_accumulation_steps), "

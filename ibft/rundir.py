@@ -52,15 +52,21 @@ class RunDir:
     """Paths and writers of one run.
 
     Raises:
-        ConfigError: the folder already holds a run, or is a file.
+        ConfigError: the folder already holds a run, or is a file. SetupError: it cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S") if path is None else path
-        if (self.path / "config.yaml").exists() or (self.path / "metrics.jsonl").exists():
-            raise ConfigError(f"{self.path} already holds a run: choose another folder with -o, or delete it")
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path} is a file, expected a folder")
+        try:
+            if (self.path / "config.yaml").exists() or (self.path / "metrics.jsonl").exists():
+                raise ConfigError(f"{self.path} already holds a run: choose another folder with -o, or delete it")
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"{self.path} is a file, expected a folder")
+            above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise SetupError(f"cannot write the run folder {self.path}: no right to write in {above}")
+        except OSError as error:
+            raise SetupError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
 
     def create(self) -> None:
         """Make the folder; before this, nothing is written. Raises SetupError where that cannot be done."""
@@ -109,10 +115,12 @@ class RunDir:
 
         target = self.path / name
         fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        if target.exists():  # else a kill between the two renames below left the only good copy under the old name
+            shutil.rmtree(old, ignore_errors=True)
         fresh.mkdir(parents=True)
-        model.save_pretrained(str(fresh), safe_serialization=True)
+        # embeddings are never trained; "auto" would ask the hub for the base's vocabulary at every save
+        model.save_pretrained(str(fresh), safe_serialization=True, save_embedding_layers=False)
         if bottleneck is not None:
             state = {key: value.detach().cpu().contiguous() for key, value in bottleneck.state_dict().items()}
             save_file(state, fresh / BOTTLENECK_FILE)

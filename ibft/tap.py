@@ -26,6 +26,11 @@ def decoder_of(model: nn.Module) -> nn.Module:
             f"{type(base).__name__} is not of the Llama family: "
             "expected model.embed_tokens, model.layers, model.norm and lm_head"
         )
+    if any(
+        getattr(getattr(base, "config", None), name, None) not in (None, 1, 1.0)
+        for name in ("logits_scaling", "logit_scale")
+    ):
+        raise ConfigError(f"{type(base).__name__} scales its logits, which the objective does not: not supported")
     assert isinstance(decoder, nn.Module)
     return decoder
 

@@ -1,12 +1,16 @@
 """The loop's promises: exact accumulation, packing that changes nothing, evaluation without a trace, one curve."""
 
 import math
+import time
 
 import pytest
 import torch
 from tiny_models import gradients, random_samples, randomise_lora, save_tiny_model, tiny_trainer
 
+from ibft.data.collate import collate
+from ibft.data.order import epoch_order
 from ibft.errors import NonFiniteError
+from ibft.loop import Window
 from ibft.nf4 import NF4Linear
 from ibft.tap import HiddenTap, decoder_of
 from ibft_kernels import _dispatch
@@ -223,6 +227,126 @@ def test_a_poisoned_step_stops_before_the_optimizer(folder):
         trainer.train()
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_steps_equal_a_loop_written_by_hand(folder):
+    """Order, epochs, dropout, cleared gradients, clipping, weight decay, cosine; an evaluation after each step."""
+    from accelerate.state import AcceleratorState
+
+    settings = [
+        "runtime.seed=7", "train.max_steps=6", "train.weight_decay=0.1", "train.max_grad_norm=0.05", "lora.dropout=0.3",
+        "train.eval_steps=1", "train.warmup_steps=2", "data.packing=false", "train.adam_beta2=0.9",
+    ]  # fmt: skip
+    data = random_samples(LENGTHS)
+    trainer = tiny_trainer(folder, data, *settings, eval_data=random_samples([9], seed=3))
+    rows = []
+    trainer.on_log = lambda row: rows.append(row) if "loss" in row else None
+    trainer.train()
+
+    AcceleratorState._reset_state(True)
+    twin = tiny_trainer(folder, data, *settings)
+    lora = [p for p in twin.model.parameters() if p.requires_grad]
+    bottleneck = list(twin.objective.bottleneck.parameters())
+    optimizer = torch.optim.AdamW([*lora, *bottleneck], lr=1e-2, betas=(0.9, 0.9), weight_decay=0.1)
+    twin.model.train()
+    for step in range(6):
+        epoch, within = divmod(step, 2)  # eight rows, four a step
+        order = epoch_order(8, seed=7, epoch=epoch)
+        indexed = [(place, data.samples[index]) for place, index in enumerate(order)][4 * within : 4 * within + 4]
+        batches = [collate([[one]], epoch=epoch, pad_id=0, kl_tokens="real") for one in indexed]
+        twin.backward(batches)
+        norms = [torch.stack([p.grad.norm() for p in group]).norm() for group in (lora, bottleneck)]
+        assert rows[step]["grad_norm_lora"] == pytest.approx(float(norms[0]), rel=1e-4)
+        assert rows[step]["grad_norm_bottleneck"] == pytest.approx(float(norms[1]), rel=1e-4)
+        torch.nn.utils.clip_grad_norm_([*lora, *bottleneck], 0.05)
+        scale = step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 4))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * scale
+        optimizer.step()
+        for parameter in [*lora, *bottleneck]:
+            parameter.grad = None
+    expected = dict(twin.model.named_parameters()) | dict(twin.objective.bottleneck.named_parameters())
+    found = dict(trainer.model.named_parameters()) | dict(trainer.objective.bottleneck.named_parameters())
+    for name, value in expected.items():
+        if value.requires_grad:
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_seed_reaches_noise_dropout_and_order(folder):
+    """From equal weights and data, another seed gives another gradient: with noise alone, and with dropout alone."""
+
+    def gradient(seed, *overrides):
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        trainer = tiny_trainer(
+            folder, random_samples(LENGTHS), f"runtime.seed={seed}", "data.packing=false", *overrides
+        )
+        randomise_lora(trainer.model)
+        trainer.model.train()
+        for parameter in trainer.objective.bottleneck.parameters() if trainer.objective.bottleneck else ():
+            parameter.data.fill_(0.01)
+        rows = [[(place, sample)] for place, sample in enumerate(trainer.data.samples)]
+        trainer.backward([collate(rows, epoch=0, pad_id=0, kl_tokens="real")])
+        order = [batch.targets.tolist() for step in trainer.batches(trainer.data, epoch=0) for batch in step]
+        return gradients(trainer), order
+
+    for overrides in (["lora.dropout=0"], ["lora.dropout=0.3", "ib.alpha=0"]):
+        (one, order_one), (two, order_two), (again, _) = (gradient(seed, *overrides) for seed in (1, 2, 1))
+        assert all(torch.equal(one[name], again[name]) for name in one)
+        assert any(not torch.allclose(one[name], two[name], rtol=1e-3) for name in one)
+        assert order_one != order_two
+
+
+def test_evaluation_is_the_mean_over_label_tokens(folder):
+    held_out = random_samples([9, 20, 31], seed=4)
+    trainer = tiny_trainer(folder, random_samples([8]), eval_data=held_out)
+    total = tokens = 0
+    for sample in held_out.samples:
+        ids = torch.tensor([sample.input_ids])
+        logits = trainer.model.eval()(ids).logits[0, sample.first_label - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, sample.first_label :], reduction="sum"))
+        tokens += sample.num_labels
+    assert trainer.evaluate() == pytest.approx(total / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize(("checkpointing", "runs"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_runs_each_block_again(folder, checkpointing, runs):
+    trainer = tiny_trainer(folder, random_samples([8]), f"train.gradient_checkpointing={checkpointing}")
+    trainer.model.train()
+    calls = []
+    decoder_of(trainer.model).layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    trainer.backward(next(trainer.batches(trainer.data, epoch=0)))
+    assert len(calls) == runs
+
+
+def test_epochs_give_the_number_of_steps(folder):
+    trainer = tiny_trainer(folder, random_samples([8] * 9), "train.max_steps=-1", "train.num_train_epochs=1.5",
+                           "data.packing=false")  # fmt: skip
+    assert trainer.total_steps == 5  # nine rows, four a step: three steps an epoch
+
+
+def test_throughput_counts_training_alone():
+    window = Window(torch.device("cpu"))
+    with window.paused():
+        time.sleep(0.2)
+    _, seconds = window.read()
+    assert seconds < 0.1
+
+
+def test_nothing_that_is_not_finite_is_saved(folder):
+    trainer = tiny_trainer(
+        folder, random_samples(LENGTHS), "train.max_steps=1", "train.warmup_ratio=0", "train.learning_rate=1e30",
+        "train.max_grad_norm=0", eval_data=random_samples([9], seed=3),
+    )  # fmt: skip
+    saved = []
+    trainer.on_save = saved.append
+    with pytest.raises(NonFiniteError, match="held-out cross-entropy"):
+        trainer.train()
+    next(iter(trainer.groups["lora"])).data.fill_(float("inf"))
+    with pytest.raises(NonFiniteError, match="a weight is not finite"):
+        trainer.save("adapter")
+    assert saved == []
 
 
 def test_best_and_last_are_saved(folder):

@@ -116,7 +116,8 @@ def test_authors_code_objective_equals_the_formulas(
 
     AcceleratorState._reset_state(True)
     trainer = tiny_trainer(
-        folder, random_samples(lengths, seed=sum(lengths)), *AUTHORS_CODE, "model.quantization=none", "lora.dropout=0",
+        folder, random_samples(lengths, seed=sum(lengths)), *AUTHORS_CODE, "model.quantization=none",
+        "lora.dropout=0", "runtime.seed=7",
         "data.max_length=24", f"ib.latent_dim={latent}", f"lora.r={rank}", f"ib.layer={layer}", f"ib.alpha={alpha}",
         f"ib.beta={beta}", f"train.per_device_train_batch_size={micro}", "train.gradient_accumulation_steps=2",
         f"lora.alpha={2 * rank}",
@@ -131,8 +132,12 @@ def test_authors_code_objective_equals_the_formulas(
     parts = trainer.backward(micro_batches)
     expected, expected_grads = oracle(trainer, micro_batches, alpha=alpha, beta=beta, layer=layer, scaling=2.0)
 
+    # exp(logvar) - 1 - logvar cancels where the KL is small: its terms are near 1, and so is their rounding
+    one_digit = {torch.float64: 1e-15, torch.float32: 1.2e-7}[dtype]
     for name, value in expected.items():
-        torch.testing.assert_close(getattr(parts, name), value.detach(), rtol=tolerance, atol=0, check_dtype=False)
+        torch.testing.assert_close(
+            getattr(parts, name), value.detach(), rtol=tolerance, atol=one_digit, check_dtype=False
+        )
     found = gradients(trainer)
     assert found.keys() == expected_grads.keys()
     found, expected_grads = split_encoder(found), split_encoder(expected_grads)
@@ -184,6 +189,11 @@ def test_latent_statistics():
     parts, bottleneck, h, _ = plain_parts("mean")
     mu, logvar = bottleneck.encoder(h).detach().chunk(2, -1)
     found = parts.latent_sums.summary(tokens=10)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3] = True
+    one_token = plain_parts("mean", mask=mask)[0].latent_sums.summary(tokens=1)
+    assert one_token["mu_abs_mean"] == pytest.approx(float(mu[1, 3].abs().mean()), rel=1e-5)
+    assert one_token["var_mean"] == pytest.approx(float(logvar[1, 3].exp().mean()), rel=1e-5)
     assert found["mu_abs_mean"] == pytest.approx(float(mu.detach().abs().mean()), rel=1e-5)
     assert found["var_mean"] == pytest.approx(float(logvar.exp().mean()), rel=1e-5)
     per_dim = (0.5 * (logvar.exp() + mu.square() - 1 - logvar)).mean((0, 1))

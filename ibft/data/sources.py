@@ -32,11 +32,15 @@ def load_rows(path: str, *, split: str = "train") -> list[Row]:
         DataError: the file is missing, unreadable, malformed or empty, or a row is not an object.
         SetupError: the hub id is gated, missing or unreachable.
     """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        found = sorted(entry.name for entry in file.iterdir() if _has_suffix(entry.name, ACCEPTED_SUFFIXES))
-        raise DataError(f"{path} is a folder: name one data file in it (found: {', '.join(found) or 'none'})")
-    if file.exists():
+    try:
+        file = Path(path).expanduser()
+        if file.is_dir():
+            found = sorted(entry.name for entry in file.iterdir() if _has_suffix(entry.name, ACCEPTED_SUFFIXES))
+            raise DataError(f"{path} is a folder: name one data file in it (found: {', '.join(found) or 'none'})")
+        local = file.exists()
+    except OSError as error:  # a locked folder, a name too long
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    if local:
         rows = _read_file(file)
     elif _looks_like_path(path):
         raise DataError(f"{path}: no such file, and not a hub id either (a hub id reads owner/name)")
