@@ -14,8 +14,6 @@ from ibft.config import Config
 if TYPE_CHECKING:
     import torch
 
-    from ibft.run import Datasets
-
 Advance = Callable[..., None]  # (done so far, ...)
 
 
@@ -39,7 +37,6 @@ class Console:
         layers: int,
         device: "torch.device",
         dtype: "torch.dtype",
-        data: "Datasets",
     ) -> None:
         bits = "4-bit NF4, double quantisation" if config.model.quantization == "nf4" else "not quantised"
         self.rich.print(

@@ -65,7 +65,7 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer, console)
         tasks = load_tasks(config)
-        console.header(config, layer=layer, layers=base_config.num_hidden_layers, device=device, dtype=dtype, data=data)
+        console.header(config, layer=layer, layers=base_config.num_hidden_layers, device=device, dtype=dtype)
         if config.data.max_length > base_config.max_position_embeddings:
             console.notice(f"data.max_length is beyond the model's {base_config.max_position_embeddings:,} positions")
         if dry_run:
@@ -78,17 +78,19 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
             console.notice(notice)
         start_trackers(config, accelerator)
         run_dir.create()
-        run_dir.write_config(config)
-        run_dir.write_manifest(
-            device=device_name(device),
-            dtype=str(dtype).removeprefix("torch."),
-            seed=config.runtime.seed,
-            base_model=config.model.name_or_path,
-            data_sha256=data.sha256,
-            ib_layer=layer,
-        )
         try:
+            run_dir.write_config(config)
+            run_dir.write_manifest(
+                device=device_name(device),
+                dtype=str(dtype).removeprefix("torch."),
+                seed=config.runtime.seed,
+                base_model=config.model.name_or_path,
+                data_sha256=data.sha256,
+                ib_layer=layer,
+            )
             return train_and_report(config, trainer, tokenizer, tasks, run_dir, console)
+        except BrokenPipeError:  # whoever read our output has left: not the run folder's fault
+            raise
         except OSError as error:  # a full disk, a vanished folder
             raise SetupError(f"run folder {run_dir.path}: {error.strerror or error}") from error
 
@@ -128,7 +130,6 @@ def train_and_report(
             signal.signal(number, handler)
         trainer.accelerator.end_training()
     seconds = time.perf_counter() - started
-    trainer.window.read()
     if trainer.interrupted:
         console.notice(
             f"interrupted by {trainer.interrupted.name} after step {trainer.step}; saved to {run_dir.path}/adapter"
