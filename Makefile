@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: train test soak bench bench-gpu gpu-test lint format venv clean
+.PHONY: train test soak tune bench bench-gpu gpu-test lint format venv clean
 
 train: $(READY)
 	$(PY) -m ibft.cli train $(ARGS)
@@ -23,6 +23,9 @@ test: $(READY)
 
 soak: $(READY)
 	$(PY) -m pytest -m "not gpu" --hypothesis-profile=soak --durations=10 -v $(ARGS) 2>&1 | $(PY) tests/soak_log.py
+
+tune: $(READY)
+	$(PY) -m ibft_kernels.tune --write $(ARGS)
 
 gpu-test: $(READY)
 	$(PY) -m pytest -m gpu $(ARGS)

@@ -35,14 +35,18 @@ def commit() -> str:
 
 @pytest.fixture
 def record(benchmark, device):
-    """Call with the bench's name and its columns after timing; adds times, device, versions, commit and date."""
+    """Call with the bench's name and its columns after timing; adds times, device, versions, commit and date.
 
-    def write(bench: str, **columns) -> None:
+    `scale` multiplies the times, where one round did a whole number of the things that the row is about.
+    """
+
+    def write(bench: str, *, scale: float = 1.0, **columns) -> None:
         stats = benchmark.stats.stats
+        times = sorted(1e3 * scale * seconds for seconds in stats.data)
         row = columns | {
-            "p50_ms": f"{stats.median * 1e3:.3f}",
-            "p20_ms": f"{sorted(stats.data)[len(stats.data) // 5] * 1e3:.3f}",
-            "p80_ms": f"{sorted(stats.data)[len(stats.data) * 4 // 5] * 1e3:.3f}",
+            "p50_ms": f"{1e3 * scale * stats.median:.3f}",
+            "p20_ms": f"{times[len(times) // 5]:.3f}",
+            "p80_ms": f"{times[len(times) * 4 // 5]:.3f}",
             "device": device_name(device),
             "threads": torch.get_num_threads() if device.type == "cpu" else "",
             "torch": torch.__version__,

@@ -8,23 +8,19 @@ Legend: B batch, T positions, D hidden size, Z latent size.
     h'         = z W_up^T + b_up         what the frozen lm_head reads: no final norm, no layers above
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import nn
 
-from ibft_kernels import ib_kl_loss
+from ibft_kernels import Latent, ib_bottleneck_latent
 
 LOGVAR_RANGE = (-4.0, 4.0)
 
 
-class Latent(NamedTuple):
-    """What the bottleneck makes of hidden states [..., D]."""
-
-    z: torch.Tensor  # [..., Z]
-    kl: torch.Tensor  # nats; scalar, or [...] for reduction "none"
-    mu: torch.Tensor  # [..., Z]
-    logvar: torch.Tensor  # [..., Z], before the clamp
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the autocast region that this code runs in, None outside one."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 class InformationBottleneck(nn.Module):
@@ -61,12 +57,17 @@ class InformationBottleneck(nn.Module):
             raise ValueError(f"got encoder {encoder!r}, expected 'linear' or 'mlp'")
         self.up = nn.Linear(latent_dim, hidden_size)
 
-    def encode(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [..., D] to (mu, logvar), each [..., Z]; logvar is not clamped yet."""
-        if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(self.up.weight.dtype)
-        mu, logvar = self.encoder(hidden).chunk(2, dim=-1)
-        return mu, logvar
+    @property
+    def encoder_head(self) -> nn.Linear:
+        """The encoder's last layer: [2Z, D] or, for "mlp", [2Z, mlp_dim]; mu rows first, then logvar rows."""
+        layer = self.encoder[-1] if isinstance(self.encoder, nn.Sequential) else self.encoder
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `encoder_head` reads, from hidden states [..., D]: these, or the mlp's hidden layer."""
+        hidden = hidden.to(autocast_dtype(hidden.device.type) or self.up.weight.dtype)
+        return self.encoder[:-1](hidden) if isinstance(self.encoder, nn.Sequential) else hidden
 
     def forward(
         self,
@@ -79,11 +80,11 @@ class InformationBottleneck(nn.Module):
         reduction: Literal["mean", "batchmean", "sum", "none"] = "mean",
         normalizer: int | float | torch.Tensor | None = None,
     ) -> Latent:
-        """Sample z and measure KL; keyword arguments as in `ib_kl_loss`."""
-        mu, logvar = self.encode(hidden)
-        z, kl = ib_kl_loss(
-            mu,
-            logvar,
+        """Sample z and measure KL; keyword arguments as in `ib_bottleneck`."""
+        return ib_bottleneck_latent(
+            self.features(hidden),
+            self.encoder_head.weight,
+            self.encoder_head.bias,
             seed=seed,
             noise_ids=noise_ids,
             eps=eps,
@@ -92,4 +93,3 @@ class InformationBottleneck(nn.Module):
             reduction=reduction,
             normalizer=normalizer,
         )
-        return Latent(z, kl, mu, logvar)

@@ -24,6 +24,7 @@ from ibft.noise import Z_STREAM, NoiseContext
 from ibft.objective import IBObjective, LossParts
 from ibft.optim import Groups, clip_gradients, gradient_norms
 from ibft.tap import HiddenTap, decoder_of
+from ibft_kernels import FoldedHead
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -122,16 +123,23 @@ class Trainer:
         """
         label_tokens = sum(batch.num_label_tokens for batch in micro_batches)
         kl_tokens = sum(batch.num_kl_tokens for batch in micro_batches)
+        with self.accelerator.autocast():
+            fold = self.objective.fold(self.lm_head, label_tokens)
         total: LossParts | None = None
         for batch in micro_batches:
-            parts = self.forward(batch.to(self.accelerator.device, non_blocking=True), label_tokens, kl_tokens, collect)
+            batch = batch.to(self.accelerator.device, non_blocking=True)
+            parts = self.forward(batch, label_tokens, kl_tokens, fold, collect)
             self.accelerator.backward(parts.loss)
             total = parts.detached() if total is None else total + parts.detached()
+        if fold is not None:
+            fold.backward()
         self.accelerator.unscale_gradients()
         assert total is not None
         return total
 
-    def forward(self, batch: Batch, label_tokens: int, kl_tokens: int, collect: bool = False) -> LossParts:
+    def forward(
+        self, batch: Batch, label_tokens: int, kl_tokens: int, fold: FoldedHead | None = None, collect: bool = False
+    ) -> LossParts:
         """One micro-batch's share of the step's loss."""
         self.noise.noise_ids = batch.noise_ids
         with self.accelerator.autocast():
@@ -145,7 +153,7 @@ class Trainer:
             return self.objective(
                 last,
                 tapped,
-                self.model.get_base_model().lm_head,
+                self.lm_head,
                 label_rows=batch.label_rows,
                 targets=batch.targets,
                 kl_mask=batch.kl_mask,
@@ -153,8 +161,15 @@ class Trainer:
                 noise_ids=batch.noise_ids,
                 label_normalizer=label_tokens,
                 kl_normalizer=kl_tokens,
+                fold=fold,
                 collect=collect,
             )
+
+    @property
+    def lm_head(self) -> torch.nn.Module:
+        head = self.model.get_base_model().lm_head
+        assert isinstance(head, torch.nn.Module)
+        return head
 
     def last_hidden(self, batch: Batch) -> torch.Tensor:
         """[B, T, D] after the final norm. Without logits: only labelled rows need them."""
@@ -178,10 +193,9 @@ class Trainer:
         for (batch,) in self.batches(self.eval_data, epoch=0, evaluation=True):
             batch = batch.to(self.accelerator.device, non_blocking=True)
             with self.accelerator.autocast():
-                head = self.model.get_base_model().lm_head
                 last = self.last_hidden(batch)
                 total += plain(
-                    last, None, head, label_rows=batch.label_rows, targets=batch.targets, label_normalizer=1
+                    last, None, self.lm_head, label_rows=batch.label_rows, targets=batch.targets, label_normalizer=1
                 ).ce
             tokens += batch.num_label_tokens
         return float(total) / tokens

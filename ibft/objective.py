@@ -2,18 +2,18 @@
 
 Legend: B batch, T positions, N = B*T, M label tokens, D hidden size, Z latent size, V vocabulary.
 
-Both cross-entropies look only at the M positions whose next token is a label: at most half of a code sample's
-positions, and no row of the [N, V] logits that a pad or a prompt token would need is ever computed.
+The mathematics and its kernels are `ibft_kernels.ib_objective`; here the modules of a model meet them. Both
+cross-entropies look only at the M positions whose next token is a label, and the [M, V] logits never exist.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ibft.bottleneck import LOGVAR_RANGE, InformationBottleneck, Latent
+from ibft.bottleneck import LOGVAR_RANGE, InformationBottleneck, autocast_dtype
+from ibft_kernels import FoldedHead, Latent, Linear, fold_pays, ib_objective, linear_cross_entropy
 
 ACTIVE_DIM_NATS = 0.01  # a latent dimension is in use if its mean KL exceeds this
 
@@ -66,7 +66,7 @@ def label_positions(labels: torch.Tensor, ignore_index: int = -100) -> tuple[tor
 
     Synchronises the device; a data loader that knows the rows on the CPU passes them instead.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1)
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1)
     rows = (following != ignore_index).nonzero().squeeze(1)
     return rows, following[rows]
 
@@ -102,6 +102,17 @@ class IBObjective(nn.Module):
         self.alpha, self.beta = alpha, beta
         self.kl_reduction: Literal["mean", "batchmean"] = kl_reduction
 
+    def fold(self, lm_head: nn.Module, label_tokens: int) -> FoldedHead | None:
+        """The latent head folded once for all micro-batches of an optimizer step with `label_tokens` label tokens.
+
+        Hand it to each `forward`, and call its `backward` after the last micro-batch's. None where folding does not
+        pay (few tokens, a wide latent) or there is no bottleneck. Call it under the same autocast as `forward`.
+        """
+        if self.bottleneck is None or not fold_pays(label_tokens, *self.bottleneck.up.weight.shape):
+            return None
+        head, up = _head(lm_head), self.bottleneck.up
+        return FoldedHead(head.weight, up.weight, up.bias, head.bias)
+
     def forward(
         self,
         last_hidden: torch.Tensor,
@@ -117,20 +128,23 @@ class IBObjective(nn.Module):
         eps: torch.Tensor | None = None,
         label_normalizer: int | float | torch.Tensor | None = None,
         kl_normalizer: int | float | torch.Tensor | None = None,
+        fold: FoldedHead | None = None,
         collect: bool = False,
     ) -> LossParts:
         """The loss of one micro-batch.
 
         Args:
             last_hidden: [B, T, D] after the final norm. tapped: [B, T, D] hidden_states[layer]; None without
-            bottleneck. labels: [B, T] as Hugging Face has them; or `label_rows` [M] (flat b*T+t) with `targets` [M],
-            already shifted. kl_mask: [B, T] bool, the tokens of the KL; None for all positions. seed, noise_ids, eps:
-            of the noise, as in `ib_kl_loss`. label_normalizer: label tokens of the *whole optimizer step*, so that
-            accumulation is exact; default M. kl_normalizer: the same for the KL's tokens; default: those of kl_mask.
-            collect: also return `latent_sums` for logging.
+            bottleneck. lm_head: an `nn.Linear`, frozen or not. labels: [B, T] as Hugging Face has them; or
+            `label_rows` [M] (flat b*T+t, increasing) with `targets` [M], already shifted. kl_mask: [B, T] bool, the
+            tokens of the KL; None for all positions. seed, noise_ids, eps: of the noise, as in `ib_kl_loss`.
+            label_normalizer: label tokens of the *whole optimizer step*, so that accumulation is exact; default M.
+            kl_normalizer: the same for the KL's tokens; default: those of kl_mask. fold: the step's `fold(...)`;
+            default: each call folds for itself, or not. collect: also return `latent_sums` for logging.
 
         Raises:
-            ValueError: neither or both ways of giving labels; no tapped hidden states where a bottleneck needs them.
+            ValueError: neither or both ways of giving labels; no tapped hidden states where a bottleneck needs them;
+            an lm_head that is no `nn.Linear`.
         """
         if (labels is None) == (label_rows is None or targets is None):
             raise ValueError("expected either labels, or label_rows and targets")
@@ -138,36 +152,46 @@ class IBObjective(nn.Module):
             label_rows, targets = label_positions(labels)
         assert label_rows is not None
         assert targets is not None
-        count = max(targets.numel(), 1) if label_normalizer is None else label_normalizer
-
-        def cross_entropy(rows_MD: torch.Tensor) -> torch.Tensor:
-            if not torch.is_autocast_enabled(rows_MD.device.type):
-                rows_MD = rows_MD.to(next(lm_head.parameters()).dtype)
-            logits_MV = lm_head(rows_MD)
-            if logits_MV.dtype != torch.float64:
-                logits_MV = logits_MV.float()
-            return F.cross_entropy(logits_MV, targets, reduction="sum") / count
-
-        ce = cross_entropy(last_hidden.flatten(0, 1).index_select(0, label_rows))
+        head = _head(lm_head)
+        last_hidden = last_hidden.to(head.weight.dtype)
         if self.bottleneck is None:
+            ce = linear_cross_entropy(
+                last_hidden, head.weight, targets, bias=head.bias, rows=label_rows, normalizer=label_normalizer
+            )
             zero = torch.zeros((), device=ce.device)
             return LossParts(ce, ce.detach(), zero, zero)
         if tapped is None:
             raise ValueError("the bottleneck needs the tapped hidden states, got None")
-
-        latent = self.bottleneck(
-            tapped,
+        encoder, up = self.bottleneck.encoder_head, self.bottleneck.up
+        parts = ib_objective(
+            last_hidden,
+            self.bottleneck.features(tapped),
+            targets,
+            rows=label_rows,
+            head=head,
+            encoder=Linear(encoder.weight, encoder.bias),
+            up=Linear(up.weight, up.bias) if fold is None else fold,
+            alpha=self.alpha,
+            beta=self.beta,
+            normalizer=label_normalizer,
             seed=seed,
             noise_ids=noise_ids,
             eps=eps,
             mask=kl_mask,
+            logvar_range=LOGVAR_RANGE,
             reduction=self.kl_reduction,
-            normalizer=kl_normalizer,
+            kl_normalizer=kl_normalizer,
         )
-        ce_z = cross_entropy(self.bottleneck.up(latent.z.flatten(0, 1).index_select(0, label_rows)))
-        loss = ce + self.alpha * (latent.kl + self.beta * ce_z)
-        sums = latent_sums(latent, kl_mask) if collect else None
-        return LossParts(loss, ce.detach(), latent.kl.detach(), ce_z.detach(), sums)
+        sums = latent_sums(parts.latent, kl_mask) if collect else None
+        return LossParts(parts.loss, parts.ce.detach(), parts.kl.detach(), parts.ce_z.detach(), sums)
+
+
+def _head(lm_head: nn.Module) -> Linear:
+    """Weight and bias of the language-model head, in the autocast region's dtype where there is one."""
+    if not isinstance(lm_head, nn.Linear):
+        raise ValueError(f"lm_head: expected torch.nn.Linear (no adapter, not quantised), got {type(lm_head).__name__}")
+    dtype = autocast_dtype(lm_head.weight.device.type) or lm_head.weight.dtype
+    return Linear(lm_head.weight.to(dtype), lm_head.bias)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# cuBLAS refuses to run under torch.use_deterministic_algorithms (which poisons memory in tests/ops) without it
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -1,8 +1,12 @@
 """`python -m ibft_kernels.aot`: compile every kernel for every supported GPU on a machine that has none.
 
-Prints a row for each kernel, dtype and architecture: registers a thread and bytes of local memory (stack and spills),
-read off the binary by the cuobjdump of Triton's wheel, and bytes of shared memory, which Triton asks for at the launch.
-No kernel here needs local memory but for a spill, so any local byte is one, and the command then exits 1.
+Every kernel is compiled with the launch shape that its architecture's file ships. A row for each kernel, dtype and
+architecture says, off the binary: registers a thread, bytes of local memory (stack and spills), bytes of shared memory
+a block, tensor-core instructions, and global loads of 128 bits or more. A row fails, and the command then exits 1, on
+
+    a compilation error                  local memory: no kernel here needs any but for a spill
+    more shared memory than a block has  tensor cores or wide loads absent where `_aot_cases` expects them
+
 TRITON_INTERPRET must be unset: a kernel defined under the interpreter has no compiler.
 """
 
@@ -17,27 +21,24 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from ._aot_cases import CASES, DTYPES
 from ._dispatch import INTERPRETED
+from ._launch import ARCHITECTURES, shape_key, stored_shape
 from ._triton import HAVE_TRITON, triton
-from .ops._ib_kl_triton import ib_kl_backward_kernel, ib_kl_forward_kernel, ib_kl_reduce_kernel
-from .ops._philox_triton import philox_kernel, tile_shape
-from .ops.dropout import dropout_kernel
 
-__all__ = ["ARCHITECTURES", "DTYPES", "Row", "compile_all", "main"]
+__all__ = ["Row", "compile_all", "main"]
 
-# Turing, Ampere (A100, consumer), Ada, Hopper, Blackwell (data centre, consumer)
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-DTYPES = ("fp16", "bf16", "fp32")
-
-KERNELS = {
-    "philox_normal": philox_kernel,
-    "philox_dropout": dropout_kernel,
-    "ib_kl_forward": ib_kl_forward_kernel,
-    "ib_kl_backward": ib_kl_backward_kernel,
-    "ib_kl_reduce": ib_kl_reduce_kernel,
-}
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Shared memory that one block can ask for, bytes (CUDA programming guide, compute capabilities)
+SHARED_LIMITS = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# In PTX. A pipelined load goes to shared memory with cp.async, 16 bytes at a time.
+TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+WIDE_LOAD = re.compile(
+    r"ld\.global\S*\.(?:v4\.\w32|v8\.\w32|v2\.\w64|v4\.\w64)\b|cp\.async\.c[ag]\.shared\.global[^;]*0x10\b"
+)
 
 
 @dataclass(frozen=True)
@@ -50,73 +51,56 @@ class Row:
     registers: int = 0
     local_bytes: int = 0
     shared_bytes: int = 0
+    tensor_cores: int = 0
+    wide_loads: int = 0
     error: str = ""
 
     @property
-    def failed(self) -> bool:
-        return bool(self.error) or self.local_bytes > 0
-
-
-def _arguments(kernel: str, dtype: str) -> dict[str, Any]:
-    """The types of a training step at Z = 256: a string is a type, None an absent pointer, else a constexpr."""
-    element, fp32, int32, byte = f"*{dtype}", "*fp32", "*i32", "*u8"
-    key = {"ids_ptr": int32, "seed_ptr": None, "seed_lo": "i32", "seed_hi": "i32"}
-    sizes = {"n_rows": "i32", "n_columns": "i32"}
-    compute = triton.language.float32
-    rows, columns = tile_shape(256)
-    tile = {"COMPUTE": compute, "BLOCK_N": rows, "BLOCK_Z": columns, "LO": -4.0, "HI": 4.0}
-    match kernel:
-        case "philox_normal":
-            return {"out_ptr": element, **key, **sizes, "NORMAL": True, "BLOCK_N": rows, "BLOCK_C": columns}
-        case "philox_dropout":
-            return {
-                "x_ptr": element, "y_ptr": element, **key, "threshold": "i32", **sizes, "stride_xn": "i32",
-                "COMPUTE": compute, "BLOCK_N": rows, "BLOCK_C": columns,
-            }  # fmt: skip
-        case "ib_kl_forward":
-            return {
-                "mu_ptr": element, "logvar_ptr": element, "z_ptr": element, "row_kl_ptr": None, "partial_kl_ptr": fp32,
-                "partial_count_ptr": int32, "mask_ptr": byte, "eps_ptr": None, **key,
-                **sizes, "stride_mun": "i32", "stride_lvn": "i32", "stride_epsn": "i32", **tile,
-            }  # fmt: skip
-        case "ib_kl_backward":
-            return {
-                "mu_ptr": element, "logvar_ptr": element, "dz_ptr": element, "dkl_ptr": fp32, "inverse_ptr": fp32,
-                "dmu_ptr": element, "dlogvar_ptr": element, "mask_ptr": byte, "eps_ptr": None, **key,
-                **sizes, "stride_mun": "i32", "stride_lvn": "i32", "stride_dzn": "i32",
-                "stride_epsn": "i32", **tile,
-            }  # fmt: skip
-        case "ib_kl_reduce":
-            return {
-                "partial_kl_ptr": fp32, "partial_count_ptr": int32, "normalizer_ptr": None, "kl_ptr": fp32,
-                "inverse_ptr": fp32, "n_partials": "i32", **sizes, "COMPUTE": compute, "DIVIDE_BY_COUNT": True,
-                "DIVIDE_BY_Z": True, "BLOCK": 1024,
-            }  # fmt: skip
-    raise ValueError(f"kernel: expected one of {tuple(KERNELS)}, got {kernel!r}")
+    def faults(self) -> list[str]:
+        """What is wrong with it: nothing, for a row that passes."""
+        if self.error:
+            return [self.error]
+        case = CASES[self.kernel]
+        dot = case.dot and self.dtype != "fp32" and self.arch >= 80
+        found = {
+            "local memory": self.local_bytes > 0,
+            f"over {SHARED_LIMITS[self.arch]} B of shared memory": self.shared_bytes > SHARED_LIMITS[self.arch],
+            "no tensor cores": dot and not self.tensor_cores,
+            "no wide loads": case.wide and not self.wide_loads,
+        }
+        return [name for name, wrong in found.items() if wrong]
 
 
 def compile_one(kernel: str, dtype: str, arch: int) -> Row:
     """Compile one kernel to a cubin and read its resources.
 
-    Pointers, strides and the width are multiples of 16, as torch's allocations and a training step's shapes are.
+    What Triton may specialise is a multiple of 16 here, as torch's allocations and a training step's widths are.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = KERNELS[kernel]
-    arguments = _arguments(kernel, dtype)
-    names = function.arg_names
+    case, architecture = CASES[kernel], f"sm_{arch}"
+    shape = stored_shape(architecture, shape_key(case.launch, architecture, TORCH_DTYPES[dtype]))
+    arguments = case.arguments(f"*{dtype}", shape)
+    names = case.kernel.arg_names
     assert set(names) == set(arguments), set(names) ^ set(arguments)
-    types = {n: a if isinstance(a, str) else "constexpr" for n, a in ((n, arguments[n]) for n in names)}
-    constants = {(i,): arguments[n] for i, n in enumerate(names) if types[n] == "constexpr"}
-    even = tuple(n for n in names if types[n].startswith("*") or n.startswith("stride_") or n == "n_columns")
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in even}
+    types, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(case.kernel.params):
+        value = types[parameter.name] = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            types[parameter.name], constants[(i,)] = "constexpr", value
+        elif not parameter.do_not_specialize:
+            aligned[(i,)] = [["tt.divisibility", 16]]
     try:
-        source = ASTSource(fn=function, signature=types, constexprs=constants, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+        source = ASTSource(fn=case.kernel, signature=types, constexprs=constants, attrs=aligned)
+        options = {name: shape[name] for name in ("num_warps", "num_stages")}
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the table must show which compilation failed, whatever Triton raised
         return Row(kernel, dtype, arch, error=f"{type(error).__name__}: {error}".splitlines()[0])
-    return Row(kernel, dtype, arch, *_resources(compiled.asm["cubin"]), compiled.metadata.shared)
+    ptx = compiled.asm["ptx"]
+    tensor_cores, wide_loads = (len(pattern.findall(ptx)) for pattern in (TENSOR_CORE, WIDE_LOAD))
+    resources = (*_resources(compiled.asm["cubin"]), compiled.metadata.shared)
+    return Row(kernel, dtype, arch, *resources, tensor_cores, wide_loads)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -131,19 +115,25 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(architectures: list[int], dtypes: list[str], processes: int) -> Iterator[Row]:
-    """Rows in table order, as they are ready. The reduction reads fp32 partials only, so it is compiled once."""
-    jobs = [(k, d, a) for k in KERNELS for d in dtypes for a in architectures if k != "ib_kl_reduce"]
-    jobs += [("ib_kl_reduce", "fp32", a) for a in architectures]
+    """Rows in table order, as they are ready. A kernel with fewer dtypes than asked for is compiled in its own."""
+    jobs = [
+        (kernel, dtype, arch)
+        for kernel, case in CASES.items()
+        for dtype in ([d for d in dtypes if d in case.dtypes] or case.dtypes)
+        for arch in architectures
+    ]
     with ProcessPoolExecutor(processes) as pool:
         yield from pool.map(compile_one, *zip(*jobs, strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit status: 0, 1 on a spill or a failed compilation, 2 where nothing can compile."""
+    """The command. Exit status: 0, 1 where a row fails, 2 where nothing can compile."""
     parser = argparse.ArgumentParser(
         prog="python -m ibft_kernels.aot", description="Compile every kernel without a GPU."
     )
-    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="capabilities, such as 89")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, help="such as 89"
+    )
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
@@ -151,14 +141,16 @@ def main(argv: list[str] | None = None) -> int:
         reason = "unset TRITON_INTERPRET" if HAVE_TRITON else "triton is not installed"
         print(f"ibft_kernels.aot: cannot compile: {reason}", file=sys.stderr)
         return 2
-    print(f"{'kernel':<16}{'dtype':<7}{'arch':<8}{'registers':>9}{'local_B':>9}{'shared_B':>10}")
+    print(f"{'kernel':<24}{'dtype':<7}{'arch':<8}{'registers':>9}{'local_B':>9}{'shared_B':>10}{'mma':>6}{'wide':>6}")
     rows = []
     for row in compile_all(options.arch, options.dtype, options.processes):
         rows.append(row)
-        figures = row.error or f"{row.registers:>9}{row.local_bytes:>9}{row.shared_bytes:>10}"
-        print(f"{row.kernel:<16}{row.dtype:<7}sm_{row.arch:<5}{figures}", flush=True)
-    failed = [row for row in rows if row.failed]
-    print(f"{len(rows)} compiled, {len(failed)} with a spill or an error")
+        figures = (
+            f"{row.registers:>9}{row.local_bytes:>9}{row.shared_bytes:>10}{row.tensor_cores:>6}{row.wide_loads:>6}"
+        )
+        print(f"{row.kernel:<24}{row.dtype:<7}sm_{row.arch:<5}{figures}  {'; '.join(row.faults)}".rstrip(), flush=True)
+    failed = sum(bool(row.faults) for row in rows)
+    print(f"{len(rows)} compiled, {failed} failed")
     return 1 if failed else 0
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ibft_kernels import aot
+from ibft_kernels import _aot_cases, _launch, aot
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -24,26 +24,67 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line.split() for line in done.stdout.splitlines()[1:-1]]
     assert {(row[0], row[2]) for row in table} == {
-        (k, f"sm_{a}") for k in aot.KERNELS for a in (75, 80, 86, 89, 90, 100, 120)
+        (k, f"sm_{a}") for k in _aot_cases.CASES for a in (75, 80, 86, 89, 90, 100, 120)
     }
-    for kernel, _, arch, registers, local_bytes, _ in table:
-        assert 16 <= int(registers) <= 128, (kernel, arch, "two blocks of 256 threads must fit an SM")
+    for kernel, _, arch, registers, local_bytes, *_ in table:
+        assert 16 <= int(registers) <= 255, (kernel, arch)
+        if not _aot_cases.CASES[kernel].dot:
+            assert int(registers) <= 128, (kernel, arch, "two blocks of 256 threads must fit an SM")
         assert int(local_bytes) == 0, (kernel, arch)
 
 
+FINE = {"registers": 64, "shared_bytes": 32 << 10, "tensor_cores": 32, "wide_loads": 4}
+
+
 @pytest.mark.parametrize(
-    ("row", "status"),
+    ("dtype", "arch", "changes", "fault"),
     [
-        (aot.Row("k", "fp32", 89, registers=64), 0),
-        (aot.Row("k", "fp32", 89, registers=255, local_bytes=8), 1),
-        (aot.Row("k", "fp32", 89, error="CompilationError: no"), 1),
+        ("fp16", 89, {}, ""),
+        ("fp16", 89, {"local_bytes": 8}, "local memory"),
+        ("fp16", 89, {"error": "CompilationError: no"}, "CompilationError: no"),
+        ("fp16", 89, {"shared_bytes": 99 << 10}, ""),
+        ("fp16", 89, {"shared_bytes": (99 << 10) + 1}, "over 101376 B of shared memory"),
+        ("fp16", 90, {"shared_bytes": (99 << 10) + 1}, ""),
+        ("bf16", 80, {"tensor_cores": 0}, "no tensor cores"),
+        ("bf16", 75, {"tensor_cores": 0}, ""),
+        ("fp32", 90, {"tensor_cores": 0}, ""),
+        ("fp32", 90, {"wide_loads": 0}, "no wide loads"),
+        ("fp16", 80, {"wide_loads": 0, "local_bytes": 8}, "local memory; no wide loads"),
     ],
 )
-def test_a_spill_or_an_error_fails_the_command(monkeypatch, capsys, row, status):
+def test_what_fails_a_row_and_the_command(monkeypatch, capsys, dtype, arch, changes, fault):
     monkeypatch.setattr(aot, "INTERPRETED", False)
-    monkeypatch.setattr(aot, "compile_all", lambda *_: iter([row]))
-    assert aot.main([]) == status
-    assert f"1 compiled, {status} with a spill or an error" in capsys.readouterr().out
+    monkeypatch.setitem(_aot_cases.CASES, "k", _aot_cases.Case(None, "k", lambda *_: {}, dot=True))
+    monkeypatch.setattr(aot, "compile_all", lambda *_: iter([aot.Row("k", dtype, arch, **FINE | changes)]))
+    assert aot.main([]) == bool(fault)
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].endswith(f"  {fault}" if fault else str((FINE | changes)["wide_loads"]))
+    assert out[2] == f"1 compiled, {int(bool(fault))} failed"
+
+
+def test_the_patterns_find_instructions_in_ptx():
+    tensor_core = """
+        mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { %r1 }, { %r2 };
+        wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 { %r1 }, %rd1;
+        tcgen05.mma.cta_group::1.kind::f16 [ %r1 ], %rd1;
+        wgmma.commit_group.sync.aligned;
+    """
+    assert len(aot.TENSOR_CORE.findall(tensor_core)) == 3
+    wide = """
+        @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        @%p1 ld.global.L1::evict_last.v2.b64 { %rd1, %rd2 }, [ %rd1 + 0 ];
+        @%p1 ld.global.v8.b32 { %r1 }, [ %rd1 + 0 ];
+        cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+        cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x8, %r2;
+        @%p1 ld.global.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];
+        @%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+        st.global.v4.b32 [ %rd1 + 0 ], { %r1 };
+    """
+    assert len(aot.WIDE_LOAD.findall(wide)) == 4
+
+
+def test_every_architecture_has_a_limit():
+    assert set(aot.SHARED_LIMITS) == set(_launch.ARCHITECTURES)
 
 
 def test_refuses_under_the_interpreter(monkeypatch, capsys):

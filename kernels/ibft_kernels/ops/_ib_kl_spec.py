@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from ._rows import FLOATS, as_rows, check_seed, draw_seed, rows_of_ids
+from ._rows import FLOATS, as_normalizer, as_rows, check_seed, draw_seed, rows_of_ids
 
 __all__ = ["Arguments", "Spec", "check_arguments"]
 
@@ -106,13 +105,4 @@ def _normalizer(
         return None
     if reduction not in ("mean", "batchmean"):
         raise ValueError(f"normalizer: reduction {reduction!r} divides by nothing; expected None, got {normalizer!r}")
-    if isinstance(normalizer, torch.Tensor):
-        if normalizer.numel() != 1 or normalizer.device not in (device, torch.device("cpu")):
-            raise ValueError(
-                f"normalizer: expected a one-element tensor on {device} or cpu, "
-                f"got shape {tuple(normalizer.shape)} on {normalizer.device}"
-            )
-        return normalizer.detach().reshape(1).to(device, compute)
-    if not (math.isfinite(normalizer) and normalizer >= 0):
-        raise ValueError(f"normalizer: expected a finite number >= 0, got {normalizer}")
-    return torch.full((1,), float(normalizer), dtype=compute, device=device)
+    return as_normalizer(normalizer, compute, device)

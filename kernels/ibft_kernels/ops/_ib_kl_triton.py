@@ -7,13 +7,15 @@ compiles anew. (Triton does look whether Z is a multiple of 16: without that it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .._launch import launch_shape, tile_blocks
 from .._triton import tl, triton
 from ._ib_kl_spec import Spec
-from ._philox_triton import load_key, philox_normal_tile, seed_arguments, tile_shape
+from ._philox_triton import load_key, philox_normal_tile, seed_arguments
 
 __all__ = [
     "backward_triton",
@@ -173,6 +175,7 @@ def ib_kl_backward_kernel(
     stride_mun,
     stride_lvn,
     stride_dzn,
+    stride_dn,  # of dmu and of dlogvar
     stride_epsn,
     COMPUTE: tl.constexpr,
     LO: tl.constexpr,  # a setting of the run, not of the batch: exact in every dtype. None: no clamp
@@ -193,7 +196,7 @@ def ib_kl_backward_kernel(
     for first in range(0, n_columns, BLOCK_Z):
         columns_z = first + tl.arange(0, BLOCK_Z)
         mask_nz = mask_n[:, None] & (columns_z < n_columns)[None, :]
-        out_offsets = rows_n[:, None] * n_columns + columns_z[None, :]
+        out_offsets = rows_n[:, None] * stride_dn + columns_z[None, :]
         if dz_ptr is not None:
             dz = tl.load(dz_ptr + rows_n[:, None] * stride_dzn + columns_z[None, :], mask=mask_nz, other=0.0).to(
                 COMPUTE
@@ -229,14 +232,15 @@ def ib_kl_backward_kernel(
 
 
 def _common(spec: Spec, mu_NZ: torch.Tensor, seed: int | torch.Tensor) -> dict[str, Any]:
-    block_n, block_z = tile_shape(mu_NZ.shape[1])
+    shape = launch_shape("ib_kl", mu_NZ.device, mu_NZ.dtype)
+    block_n, block_z = tile_blocks(shape.pop("TILE"), mu_NZ.shape[1])
     seed_ptr, seed_lo, seed_hi = seed_arguments(seed)
     lo, hi = spec.logvar_range or (None, None)
     return {
         "seed_ptr": seed_ptr, "seed_lo": seed_lo, "seed_hi": seed_hi,
         "n_rows": mu_NZ.shape[0], "n_columns": mu_NZ.shape[1],
         "COMPUTE": tl.float64 if mu_NZ.dtype == torch.float64 else tl.float32,
-        "LO": lo, "HI": hi, "BLOCK_N": block_n, "BLOCK_Z": block_z,
+        "LO": lo, "HI": hi, "BLOCK_N": block_n, "BLOCK_Z": block_z, **shape,
     }  # fmt: skip
 
 
@@ -266,7 +270,7 @@ def forward_triton(
     ib_kl_reduce_kernel[(1,)](
         partial_kl, partial_count, spare["normalizer"], kl, inverse, programs, n_rows, n_columns,
         COMPUTE=common["COMPUTE"], DIVIDE_BY_COUNT=spec.reduction != "sum", DIVIDE_BY_Z=spec.reduction == "mean",
-        BLOCK=1024,
+        **launch_shape("ib_kl_reduce", device, compute),
     )  # fmt: skip
     return z_NZ, kl, inverse
 
@@ -280,8 +284,13 @@ def backward_triton(
     dz_NZ: torch.Tensor | None,
     dkl: torch.Tensor | None,
     needs: tuple[bool, bool],
+    out: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor | None]:
-    grads = [torch.empty(mu_NZ.shape, dtype=mu_NZ.dtype, device=mu_NZ.device) if need else None for need in needs]
+    """[dmu, dlogvar], None where not needed; `out` takes them both where it is given: halves of one [N, 2Z]."""
+    grads: list[torch.Tensor | None] = (
+        [mu_NZ.new_empty(mu_NZ.shape) if need else None for need in needs] if out is None else list(out)
+    )
+    stride_dn = mu_NZ.shape[1] if out is None else out[0].stride(0)
     common = _common(spec, mu_NZ, seed)
     programs = triton.cdiv(mu_NZ.shape[0], common["BLOCK_N"])
     eps_NZ = spare["eps"]
@@ -289,7 +298,7 @@ def backward_triton(
         ib_kl_backward_kernel[(programs,)](
             mu_NZ, logvar_NZ, dz_NZ, dkl, spare["inverse"], *grads, spare["mask"], eps_NZ, spare["ids"],
             stride_mun=mu_NZ.stride(0), stride_lvn=logvar_NZ.stride(0),
-            stride_dzn=0 if dz_NZ is None else dz_NZ.stride(0),
+            stride_dzn=0 if dz_NZ is None else dz_NZ.stride(0), stride_dn=stride_dn,
             stride_epsn=0 if eps_NZ is None else eps_NZ.stride(0), **common,
         )  # fmt: skip
     return grads

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import INTERPRETED
+from .._launch import launch_shape, tile_blocks
 from .._triton import tl, triton
 from ._rows import seed_halves
 
@@ -19,13 +19,7 @@ __all__ = [
     "philox_normal_tile",
     "philox_tile",
     "seed_arguments",
-    "tile_shape",
 ]
-
-
-# Elements a program: 8 a thread keeps the noisiest kernel under 80 registers, so half of an SM's threads stay resident.
-# An interpreted program costs milliseconds whatever its size, so the interpreter gets few and large ones.
-TILE = 1 << 14 if INTERPRETED else 1 << 10
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -145,12 +139,6 @@ def philox_kernel(
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def tile_shape(n_columns: int) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_C): `TILE` elements whatever the width, 256 columns at most; wider rows are walked or cut."""
-    block_c = min(256, max(16, triton.next_power_of_2(n_columns)))
-    return TILE // block_c, block_c
-
-
 def seed_arguments(seed: int | torch.Tensor) -> tuple[torch.Tensor | None, int, int]:
     """(seed_ptr, seed_lo, seed_hi) for a kernel. A CPU tensor is read here, at no cost; a device tensor is not."""
     if isinstance(seed, torch.Tensor) and seed.device.type != "cpu":
@@ -162,8 +150,10 @@ def launch_philox(out_NC: torch.Tensor, seed: int | torch.Tensor, ids_N3: torch.
     n_rows, n_columns = out_NC.shape
     if out_NC.numel() == 0:
         return
-    block_n, block_c = tile_shape(n_columns)
+    shape = launch_shape("philox", out_NC.device, out_NC.dtype)
+    block_n, block_c = tile_blocks(shape.pop("TILE"), n_columns)
     grid = (triton.cdiv(n_rows, block_n), triton.cdiv(n_columns, block_c))
     philox_kernel[grid](
-        out_NC, ids_N3, *seed_arguments(seed), n_rows, n_columns, NORMAL=normal, BLOCK_N=block_n, BLOCK_C=block_c
-    )
+        out_NC, ids_N3, *seed_arguments(seed), n_rows, n_columns,
+        NORMAL=normal, BLOCK_N=block_n, BLOCK_C=block_c, **shape,
+    )  # fmt: skip

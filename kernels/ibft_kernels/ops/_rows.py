@@ -5,10 +5,22 @@ Legend: N rows (tokens: all leading dimensions flattened), C columns.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-__all__ = ["as_rows", "check_seed", "draw_seed", "rows_of_ids", "seed_halves"]
+__all__ = [
+    "as_normalizer",
+    "as_rows",
+    "check_seed",
+    "draw_seed",
+    "join_seed",
+    "rows_of_ids",
+    "seed_halves",
+    "split_seed",
+]
 
+SEED_SCHEMA = "Tensor? seed_tensor, int seed"  # how every registered op takes a seed: `split_seed` makes the pair
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -27,9 +39,22 @@ def check_seed(seed: int | torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
 
 
-def draw_seed() -> int:
-    """63 bits from torch's CPU generator: `torch.manual_seed` governs it, and no device is synchronised."""
-    return int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64))
+def draw_seed() -> torch.Tensor:
+    """63 bits from torch's CPU generator, a CPU tensor [1]: `torch.manual_seed` governs it, no device is synchronised,
+    and a compiled graph draws anew in each call.
+    """
+    return torch.randint(0, (1 << 63) - 1, (1,), dtype=torch.int64)
+
+
+def split_seed(seed: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """A checked seed as the arguments of a registered op: (tensor, 0), or (None, the 64 bits as a signed int)."""
+    if isinstance(seed, torch.Tensor):
+        return seed, 0
+    return None, seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def join_seed(seed_tensor: torch.Tensor | None, seed: int) -> int | torch.Tensor:
+    return seed if seed_tensor is None else seed_tensor
 
 
 def seed_halves(seed: int) -> tuple[int, int]:
@@ -59,3 +84,19 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     columns = x.shape[-1]
     rows = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
     return rows if rows.stride(-1) == 1 or columns <= 1 else rows.contiguous()
+
+
+def as_normalizer(normalizer: float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What a mean divides by, as a tensor [1] without a gradient. ValueError unless one finite number >= 0; a tensor's
+    value is not read.
+    """
+    if isinstance(normalizer, torch.Tensor):
+        if normalizer.numel() != 1 or normalizer.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"normalizer: expected a one-element tensor on {device} or cpu, "
+                f"got shape {tuple(normalizer.shape)} on {normalizer.device}"
+            )
+        return normalizer.detach().reshape(1).to(device, dtype)
+    if not (math.isfinite(normalizer) and normalizer >= 0):
+        raise ValueError(f"normalizer: expected a finite number >= 0, got {normalizer}")
+    return torch.full((1,), float(normalizer), dtype=dtype, device=device)

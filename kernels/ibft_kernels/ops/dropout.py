@@ -15,12 +15,13 @@ Legend: N rows, C columns, J = ceil(C / 8) calls a row.
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .._dispatch import resolve_backend
+from .._launch import launch_shape, tile_blocks
+from .._library import library_op
 from .._triton import tl, triton
-from ._philox_triton import interleave4, load_key, philox_tile, seed_arguments, tile_shape
-from ._rows import FLOATS, as_rows, check_seed, rows_of_ids
+from ._philox_triton import interleave4, load_key, philox_tile, seed_arguments
+from ._rows import FLOATS, SEED_SCHEMA, as_rows, check_seed, join_seed, rows_of_ids, split_seed
 from .philox import word_chunks
 
 __all__ = ["philox_dropout"]
@@ -77,16 +78,19 @@ def dropout_kernel(
 # --- launcher and torch path ----------------------------------------------------------------------
 
 
-def _launch(x_NC: torch.Tensor, threshold: int, seed: int | torch.Tensor, ids_N3: torch.Tensor | None) -> torch.Tensor:
+def launch_dropout(
+    x_NC: torch.Tensor, threshold: int, seed: int | torch.Tensor, ids_N3: torch.Tensor | None
+) -> torch.Tensor:
     y_NC = torch.empty(x_NC.shape, dtype=x_NC.dtype, device=x_NC.device)
     if x_NC.numel():
         n_rows, n_columns = x_NC.shape
-        block_n, block_c = tile_shape(n_columns)
+        shape = launch_shape("dropout", x_NC.device, x_NC.dtype)
+        block_n, block_c = tile_blocks(shape.pop("TILE"), n_columns)
         grid = (triton.cdiv(n_rows, block_n), triton.cdiv(n_columns, block_c))
         compute = tl.float64 if x_NC.dtype == torch.float64 else tl.float32
         dropout_kernel[grid](
             x_NC, y_NC, ids_N3, *seed_arguments(seed), threshold, n_rows, n_columns, x_NC.stride(0),
-            COMPUTE=compute, BLOCK_N=block_n, BLOCK_C=block_c,
+            COMPUTE=compute, BLOCK_N=block_n, BLOCK_C=block_c, **shape,
         )  # fmt: skip
     return y_NC
 
@@ -117,37 +121,53 @@ def _scaled(x: torch.Tensor, keep: torch.Tensor, threshold: int) -> torch.Tensor
     return keep.to(compute).mul_(LEVELS / (LEVELS - threshold)).mul_(x).to(x.dtype)
 
 
-# --- autograd -------------------------------------------------------------------------------------
+# --- library and autograd -------------------------------------------------------------------------
+
+_ARGUMENTS = f"Tensor? noise_ids, int threshold, {SEED_SCHEMA}, str backend"
 
 
-class _TritonDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_NC, threshold, seed, ids_N3):
-        ctx.threshold, ctx.seed = threshold, seed
-        ctx.save_for_backward(ids_N3, seed if isinstance(seed, torch.Tensor) else None)
-        return _launch(x_NC, threshold, seed, ids_N3)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_NC):
-        ids_N3, seed_tensor = ctx.saved_tensors
-        seed = ctx.seed if seed_tensor is None else seed_tensor
-        return _launch(as_rows(dy_NC), ctx.threshold, seed, ids_N3), None, None, None
+@library_op("philox_dropout", f"(Tensor x, {_ARGUMENTS}) -> (Tensor y, Tensor keep)")
+def _dropout_op(x, noise_ids, threshold, seed_tensor, seed, backend):
+    """keep: the torch path's mask, uint8 [N, C]; empty on the Triton path."""
+    key = join_seed(seed_tensor, seed)
+    if backend == "triton":
+        return launch_dropout(x, threshold, key, noise_ids), torch.empty(0, dtype=torch.uint8, device=x.device)
+    keep = _keep_mask(*x.shape, threshold, key, noise_ids, x.device)
+    return _scaled(x, keep, threshold), keep
 
 
-class _TorchDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_NC, threshold, seed, ids_N3):
-        keep_NC = _keep_mask(*x_NC.shape, threshold, seed, ids_N3, x_NC.device)
-        ctx.threshold = threshold
-        ctx.save_for_backward(keep_NC)
-        return _scaled(x_NC, keep_NC, threshold)
+@_dropout_op.register_fake
+def _(x, noise_ids, threshold, seed_tensor, seed, backend):
+    return x.new_empty(x.shape), x.new_empty(0 if backend == "triton" else x.shape, dtype=torch.uint8)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_NC):
-        (keep_NC,) = ctx.saved_tensors
-        return _scaled(dy_NC, keep_NC, ctx.threshold), None, None, None
+
+@library_op("philox_dropout_backward", f"(Tensor dy, Tensor keep, {_ARGUMENTS}) -> Tensor")
+def _dropout_backward_op(dy, keep, noise_ids, threshold, seed_tensor, seed, backend):
+    if backend == "triton":
+        return launch_dropout(dy, threshold, join_seed(seed_tensor, seed), noise_ids)
+    return _scaled(dy, keep, threshold)
+
+
+@_dropout_backward_op.register_fake
+def _(dy, keep, noise_ids, threshold, seed_tensor, seed, backend):
+    return dy.new_empty(dy.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, noise_ids, ctx.threshold, seed_tensor, ctx.seed, ctx.backend = inputs
+    keep = output[1]
+    ctx.mark_non_differentiable(keep)
+    ctx.set_materialize_grads(False)  # else a zero "gradient" of the mask
+    ctx.save_for_backward(keep, noise_ids, seed_tensor)
+
+
+def _backward(ctx, dy, _):
+    keep, noise_ids, seed_tensor = ctx.saved_tensors
+    dx = _dropout_backward_op(as_rows(dy), keep, noise_ids, ctx.threshold, seed_tensor, ctx.seed, ctx.backend)
+    return dx, None, None, None, None, None
+
+
+_dropout_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -187,5 +207,5 @@ def philox_dropout(
     threshold = min(round(p * LEVELS), LEVELS - 1)
     if threshold == 0:
         return x
-    function = _TritonDropout if chosen == "triton" else _TorchDropout
-    return function.apply(as_rows(x), threshold, seed, ids_N3).view(x.shape)
+    y_NC, _ = _dropout_op(as_rows(x), ids_N3, threshold, *split_seed(seed), chosen)
+    return y_NC.view(x.shape)

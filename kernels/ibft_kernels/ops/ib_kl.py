@@ -22,15 +22,16 @@ Legend: N tokens, Z latent size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .._dispatch import resolve_backend
+from .._library import library_op
 from ._ib_kl_spec import Spec, check_arguments
 from ._ib_kl_triton import backward_triton, forward_triton
-from ._rows import as_rows
+from ._rows import SEED_SCHEMA, as_rows, join_seed, split_seed
 from .philox import normal_rows
 
 __all__ = ["ib_kl_loss"]
@@ -87,7 +88,7 @@ def _backward_torch(
         dmu = torch.zeros((), dtype=spec.compute, device=mu_NZ.device).expand(mu_NZ.shape) if dz is None else dz
         if g_N1 is not None:
             dmu = torch.addcmul(dmu, g_N1, mu_NZ.to(spec.compute))
-        dmu = dmu.to(mu_NZ.dtype)
+        dmu = dmu.to(mu_NZ.dtype, copy=dmu is dz_NZ)  # an op's output is never its input
     if needs[1]:
         raw = logvar_NZ.to(spec.compute)
         std = raw if spec.logvar_range is None else raw.clamp(*spec.logvar_range)
@@ -103,46 +104,88 @@ def _backward_torch(
     return [dmu, dlogvar]
 
 
-# --- autograd -------------------------------------------------------------------------------------
+# --- library and autograd -------------------------------------------------------------------------
+
+_NOISE = f"Tensor? noise_ids, Tensor? eps, Tensor? mask, Tensor? normalizer, {SEED_SCHEMA}"
+_SPEC = "float[]? logvar_range, str reduction, str backend"
 
 
-class _IBKL(torch.autograd.Function):
-    """Saves the inputs (views, where they are halves of one tensor) and, on the torch path, eps.
+def _spec(mu: torch.Tensor, logvar_range: Sequence[float] | None, reduction: str, backend: str) -> Spec:
+    bounds = None if logvar_range is None else (logvar_range[0], logvar_range[1])
+    return Spec(torch.promote_types(mu.dtype, torch.float32), bounds, reduction, backend)
 
-    A gradient that does not arrive stays None: a zero tensor is neither made nor read.
-    """
 
-    @staticmethod
-    def forward(ctx, mu_NZ, logvar_NZ, ids_N3, eps_NZ, mask_N, normalizer, seed, spec):
-        ctx.set_materialize_grads(False)
-        spare = {"ids": ids_N3, "eps": eps_NZ, "mask": mask_N, "normalizer": normalizer}
-        if spec.backend == "triton":
-            z_NZ, kl, inverse = forward_triton(spec, mu_NZ, logvar_NZ, seed, spare)
-        else:
-            if eps_NZ is None:
-                eps_NZ = normal_rows(seed, ids_N3, *mu_NZ.shape, mu_NZ.device)
-            z_NZ, kl, inverse = _forward_torch(spec, mu_NZ, logvar_NZ, eps_NZ, spare)
-        ctx.spec, ctx.seed = spec, seed
-        seed_tensor = seed if isinstance(seed, torch.Tensor) else None
-        ctx.save_for_backward(mu_NZ, logvar_NZ, ids_N3, eps_NZ, mask_N, inverse, seed_tensor)
-        return z_NZ, kl
+@library_op(
+    "ib_kl_loss",
+    f"(Tensor mu, Tensor logvar, {_NOISE}, {_SPEC}) -> (Tensor z, Tensor kl, Tensor inverse, Tensor noise)",
+)
+def _ib_kl_op(mu, logvar, noise_ids, eps, mask, normalizer, seed_tensor, seed, logvar_range, reduction, backend):
+    """inverse: 1 / denominator [1], empty for "none". noise: the torch path's own eps [N, Z], else empty."""
+    spec, key = _spec(mu, logvar_range, reduction, backend), join_seed(seed_tensor, seed)
+    spare = {"ids": noise_ids, "eps": eps, "mask": mask, "normalizer": normalizer}
+    noise = torch.empty(0, dtype=torch.float32, device=mu.device)
+    if backend == "triton":
+        z, kl, inverse = forward_triton(spec, mu, logvar, key, spare)
+    else:
+        if eps is None:
+            eps = noise = normal_rows(key, noise_ids, *mu.shape, mu.device)
+        z, kl, inverse = _forward_torch(spec, mu, logvar, eps, spare)
+    return z, kl, kl.new_empty(0) if inverse is None else inverse, noise
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz_NZ, dkl):
-        needs = ctx.needs_input_grad[:2]
-        if dz_NZ is None and dkl is None:
-            return (None,) * 8
-        mu_NZ, logvar_NZ, ids_N3, eps_NZ, mask_N, inverse, seed_tensor = ctx.saved_tensors
-        spare = {"ids": ids_N3, "eps": eps_NZ, "mask": mask_N, "inverse": inverse}
-        dz_NZ = None if dz_NZ is None else as_rows(dz_NZ)
-        dkl = None if dkl is None else dkl.contiguous()
-        if ctx.spec.backend == "triton":
-            seed = ctx.seed if seed_tensor is None else seed_tensor
-            grads = backward_triton(ctx.spec, mu_NZ, logvar_NZ, seed, spare, dz_NZ, dkl, needs)
-        else:
-            grads = _backward_torch(ctx.spec, mu_NZ, logvar_NZ, eps_NZ, spare, dz_NZ, dkl, needs)
-        return (*grads, None, None, None, None, None, None)
+
+@_ib_kl_op.register_fake
+def _(mu, logvar, noise_ids, eps, mask, normalizer, seed_tensor, seed, logvar_range, reduction, backend):
+    rows, compute = reduction == "none", torch.promote_types(mu.dtype, torch.float32)
+    kl = mu.new_empty(mu.shape[:1] if rows else (), dtype=compute)
+    noise = mu.new_empty(0 if backend == "triton" or eps is not None else mu.shape, dtype=torch.float32)
+    return mu.new_empty(mu.shape), kl, kl.new_empty(0 if rows else 1), noise
+
+
+@library_op(
+    "ib_kl_backward",
+    "(Tensor? dz, Tensor? dkl, Tensor mu, Tensor logvar, Tensor inverse, Tensor? noise_ids, Tensor? eps, Tensor? mask, "
+    f"{SEED_SCHEMA}, {_SPEC}, bool needs_mu, bool needs_logvar) -> (Tensor dmu, Tensor dlogvar)",
+)
+def _ib_kl_backward_op(
+    dz, dkl, mu, logvar, inverse, noise_ids, eps, mask, seed_tensor, seed,
+    logvar_range, reduction, backend, needs_mu, needs_logvar,
+):  # fmt: skip
+    spec, key = _spec(mu, logvar_range, reduction, backend), join_seed(seed_tensor, seed)
+    spare = {"ids": noise_ids, "eps": eps, "mask": mask, "inverse": None if reduction == "none" else inverse}
+    needs = (needs_mu, needs_logvar)
+    if backend == "triton":
+        grads = backward_triton(spec, mu, logvar, key, spare, dz, dkl, needs)
+    else:
+        grads = _backward_torch(spec, mu, logvar, eps, spare, dz, dkl, needs)
+    dmu, dlogvar = (mu.new_empty(0) if grad is None else grad for grad in grads)
+    return dmu, dlogvar
+
+
+@_ib_kl_backward_op.register_fake
+def _(dz, dkl, mu, logvar, *settings):
+    return tuple(mu.new_empty(mu.shape if need else 0) for need in settings[-2:])
+
+
+def _setup_context(ctx, inputs, output):
+    mu, logvar, noise_ids, eps, mask, _, seed_tensor, ctx.seed, *ctx.settings = inputs
+    _, _, inverse, noise = output
+    if eps is None and ctx.settings[-1] == "torch":
+        eps = noise
+    ctx.mark_non_differentiable(inverse, noise)
+    ctx.set_materialize_grads(False)  # a gradient that does not arrive stays None: no zero tensor is made or read
+    ctx.save_for_backward(mu, logvar, inverse, noise_ids, eps, mask, seed_tensor)
+
+
+def _backward(ctx, dz, dkl, *_):
+    *tensors, seed_tensor = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    dz = None if dz is None else as_rows(dz)
+    dkl = None if dkl is None else dkl.contiguous()
+    grads = _ib_kl_backward_op(dz, dkl, *tensors, seed_tensor, ctx.seed, *ctx.settings, *needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 9
+
+
+_ib_kl_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -186,9 +229,8 @@ def ib_kl_loss(
         RuntimeError: the triton backend was asked for and cannot run here.
     """
     arguments = check_arguments(mu, logvar, seed, noise_ids, eps, mask, logvar_range, reduction, normalizer)
-    spec = Spec(arguments.compute, arguments.logvar_range, reduction, resolve_backend(backend, mu.device))
-    z_NZ, kl = _IBKL.apply(
+    z_NZ, kl, _, _ = _ib_kl_op(
         as_rows(mu), as_rows(logvar), arguments.ids_N3, arguments.eps_NZ, arguments.mask_N, arguments.normalizer,
-        arguments.seed, spec,
+        *split_seed(arguments.seed), arguments.logvar_range, reduction, resolve_backend(backend, mu.device),
     )  # fmt: skip
     return z_NZ.view(mu.shape), kl.view(mu.shape[:-1]) if reduction == "none" else kl

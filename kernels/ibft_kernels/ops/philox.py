@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from .._dispatch import resolve_backend
+from .._library import library_op
 from ._philox_triton import launch_philox
-from ._rows import FLOATS, check_seed, rows_of_ids
+from ._rows import FLOATS, SEED_SCHEMA, check_seed, join_seed, rows_of_ids, split_seed
 
 __all__ = ["noise_key", "philox_normal", "philox_words"]
 
@@ -140,6 +141,59 @@ def _normals(words: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return out.view(w0.shape[0], -1)
 
 
+def normal_rows(
+    seed: int | torch.Tensor,
+    ids_N3: torch.Tensor | None,
+    n_rows: int,
+    columns: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The torch path of `philox_normal` on checked rows [N, 3] (None: position = row number); [N, columns]."""
+    out = torch.empty(n_rows, columns, dtype=dtype, device=device)
+    for rows, words in word_chunks(seed, ids_N3, n_rows, -(-columns // 4), device):
+        out[rows].copy_(_normals(words)[:, :columns])
+    return out
+
+
+# --- library: integers and noise have no gradient -------------------------------------------------
+
+
+@library_op("philox_words", f"(Tensor noise_ids, SymInt calls, {SEED_SCHEMA}, str backend) -> Tensor")
+def _words_op(noise_ids, calls, seed_tensor, seed, backend):
+    n_rows, device, key = noise_ids.shape[0], noise_ids.device, join_seed(seed_tensor, seed)
+    out = torch.empty(n_rows, calls, 4, dtype=torch.int32, device=device)
+    if backend == "triton":
+        launch_philox(out.view(n_rows, 4 * calls), key, noise_ids, normal=False)
+    else:
+        for rows, words in word_chunks(key, noise_ids, n_rows, calls, device):
+            for i, word in enumerate(words):
+                out[rows, :, i].copy_(word)
+    return out
+
+
+@_words_op.register_fake
+def _(noise_ids, calls, seed_tensor, seed, backend):
+    return noise_ids.new_empty(noise_ids.shape[0], calls, 4)
+
+
+@library_op(
+    "philox_normal", f"(Tensor noise_ids, SymInt columns, ScalarType dtype, {SEED_SCHEMA}, str backend) -> Tensor"
+)
+def _normal_op(noise_ids, columns, dtype, seed_tensor, seed, backend):
+    n_rows, device, key = noise_ids.shape[0], noise_ids.device, join_seed(seed_tensor, seed)
+    if backend != "triton":
+        return normal_rows(key, noise_ids, n_rows, columns, device, dtype)
+    out = torch.empty(n_rows, columns, dtype=dtype, device=device)
+    launch_philox(out, key, noise_ids, normal=True)
+    return out
+
+
+@_normal_op.register_fake
+def _(noise_ids, columns, dtype, seed_tensor, seed, backend):
+    return noise_ids.new_empty(noise_ids.shape[0], columns, dtype=dtype)
+
+
 # --- public ---------------------------------------------------------------------------------------
 
 
@@ -160,14 +214,8 @@ def philox_words(
 ) -> torch.Tensor:
     """The generator's integers: int32 [..., calls, 4], bit patterns of unsigned words. Arguments as `philox_normal`."""
     shape, ids_N3 = _leading(noise_ids, seed, calls)
-    out = torch.empty(ids_N3.shape[0], calls, 4, dtype=torch.int32, device=ids_N3.device)
-    if resolve_backend(backend, ids_N3.device) == "triton":
-        launch_philox(out.view(-1, 4 * calls), seed, ids_N3, normal=False)
-    else:
-        for rows, words in word_chunks(seed, ids_N3, ids_N3.shape[0], calls, ids_N3.device):
-            for i, word in enumerate(words):
-                out[rows, :, i].copy_(word)
-    return out.view(*shape, calls, 4)
+    words = _words_op(ids_N3, calls, *split_seed(seed), resolve_backend(backend, ids_N3.device))
+    return words.view(*shape, calls, 4)
 
 
 def philox_normal(
@@ -197,24 +245,5 @@ def philox_normal(
     if dtype not in FLOATS:
         raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
     shape, ids_N3 = _leading(noise_ids, seed, columns)
-    if resolve_backend(backend, ids_N3.device) == "triton":
-        out = torch.empty(ids_N3.shape[0], columns, dtype=dtype, device=ids_N3.device)
-        launch_philox(out, seed, ids_N3, normal=True)
-    else:
-        out = normal_rows(seed, ids_N3, ids_N3.shape[0], columns, ids_N3.device, dtype)
-    return out.view(*shape, columns)
-
-
-def normal_rows(
-    seed: int | torch.Tensor,
-    ids_N3: torch.Tensor | None,
-    n_rows: int,
-    columns: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """The torch path of `philox_normal` on checked rows [N, 3] (None: position = row number); [N, columns]."""
-    out = torch.empty(n_rows, columns, dtype=dtype, device=device)
-    for rows, words in word_chunks(seed, ids_N3, n_rows, -(-columns // 4), device):
-        out[rows].copy_(_normals(words)[:, :columns])
-    return out
+    noise = _normal_op(ids_N3, columns, dtype, *split_seed(seed), resolve_backend(backend, ids_N3.device))
+    return noise.view(*shape, columns)

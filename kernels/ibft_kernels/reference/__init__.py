@@ -5,7 +5,20 @@ be read.
 """
 
 from .dropout import philox_dropout
+from .ib_bottleneck import ib_bottleneck
 from .ib_kl import ib_kl_loss
+from .linear_cross_entropy import fold_head, folded_cross_entropy, linear_cross_entropy
+from .objective import ib_objective
 from .philox import noise_key, philox_normal
 
-__all__ = ["ib_kl_loss", "noise_key", "philox_dropout", "philox_normal"]
+__all__ = [
+    "fold_head",
+    "folded_cross_entropy",
+    "ib_bottleneck",
+    "ib_kl_loss",
+    "ib_objective",
+    "linear_cross_entropy",
+    "noise_key",
+    "philox_dropout",
+    "philox_normal",
+]

@@ -1,0 +1,37 @@
+"""Peak memory of one call above what was there before it, in MiB."""
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+MIB = 1 << 20
+
+
+def peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """On a GPU what torch's allocator handed out at the most; on a CPU (Linux) the high-water mark of resident memory.
+
+    The result of the call is dropped. Freed heap goes back to the kernel first, or its reuse would hide allocations.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts over
+    before = _status_kib("VmRSS")
+    call()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")

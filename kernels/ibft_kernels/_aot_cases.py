@@ -1,0 +1,144 @@
+"""What `aot` compiles: each kernel with the argument types of a training step (Z = 256), one entry a kernel.
+
+An entry's `arguments` maps (element type, launch shape) to one value a parameter: a type as a string, None for an
+absent pointer, and for a constexpr its value. num_warps and num_stages go from the shape to the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ._launch import tile_blocks
+from ._triton import tl
+from .ops._cross_entropy_triton import cross_entropy_kernel, scatter_rows_kernel
+from .ops._ib_bottleneck_triton import ib_bottleneck_backward_kernel, ib_bottleneck_forward_kernel
+from .ops._ib_kl_triton import ib_kl_backward_kernel, ib_kl_forward_kernel, ib_kl_reduce_kernel
+from .ops._philox_triton import philox_kernel
+from .ops.dropout import dropout_kernel
+
+__all__ = ["CASES", "DTYPES", "Case"]
+
+DTYPES = ("fp16", "bf16", "fp32")
+LATENT, HIDDEN = 256, 4096
+
+KEY = {"ids_ptr": "*i32", "seed_ptr": None, "seed_lo": "i32", "seed_hi": "i32"}
+SIZES = {"n_rows": "i32", "n_columns": "i32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, its entry in launch/*.json without the bits, and what its binary must contain.
+
+    dot: tensor-core instructions, for 16-bit elements from sm_80 on (Triton 3.9 compiles `tl.dot` for sm_75 to plain
+    multiply-adds, fp16 too). wide: global loads of 128 bits or more.
+    """
+
+    kernel: Any
+    launch: str
+    arguments: Callable[[str, dict[str, Any]], dict[str, Any]]
+    dtypes: tuple[str, ...] = DTYPES
+    dot: bool = False
+    wide: bool = True
+
+
+def _philox(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    rows, columns = tile_blocks(shape["TILE"], LATENT)
+    return {"out_ptr": element, **KEY, **SIZES, "NORMAL": True, "BLOCK_N": rows, "BLOCK_C": columns}
+
+
+def _dropout(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    rows, columns = tile_blocks(shape["TILE"], LATENT)
+    return {
+        "x_ptr": element, "y_ptr": element, **KEY, "threshold": "i32", **SIZES, "stride_xn": "i32",
+        "COMPUTE": tl.float32, "BLOCK_N": rows, "BLOCK_C": columns,
+    }  # fmt: skip
+
+
+def _ib_kl(shape: dict[str, Any]) -> dict[str, Any]:
+    rows, columns = tile_blocks(shape["TILE"], LATENT)
+    return {
+        "mask_ptr": "*u8", "eps_ptr": None, **KEY, **SIZES, "stride_mun": "i32", "stride_lvn": "i32",
+        "stride_epsn": "i32", "COMPUTE": tl.float32, "LO": -4.0, "HI": 4.0, "BLOCK_N": rows, "BLOCK_Z": columns,
+    }  # fmt: skip
+
+
+def _ib_kl_forward(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "mu_ptr": element, "logvar_ptr": element, "z_ptr": element, "row_kl_ptr": None, "partial_kl_ptr": "*fp32",
+        "partial_count_ptr": "*i32", **_ib_kl(shape),
+    }  # fmt: skip
+
+
+def _ib_kl_backward(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "mu_ptr": element, "logvar_ptr": element, "dz_ptr": element, "dkl_ptr": "*fp32", "inverse_ptr": "*fp32",
+        "dmu_ptr": element, "dlogvar_ptr": element, "stride_dzn": "i32", "stride_dn": "i32", **_ib_kl(shape),
+    }  # fmt: skip
+
+
+def _ib_kl_reduce(_: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "partial_kl_ptr": "*fp32", "partial_count_ptr": "*i32", "normalizer_ptr": None, "kl_ptr": "*fp32",
+        "inverse_ptr": "*fp32", "n_partials": "i32", **SIZES, "COMPUTE": tl.float32, "DIVIDE_BY_COUNT": True,
+        "DIVIDE_BY_Z": True, "BLOCK": shape["BLOCK"],
+    }  # fmt: skip
+
+
+def _ib_bottleneck(shape: dict[str, Any]) -> dict[str, Any]:
+    """Z is as wide as BLOCK_Z allows. fp32 without TF32, torch's default."""
+    blocks = {name: size for name, size in shape.items() if name.startswith("BLOCK")}
+    return {
+        "mask_ptr": "*u8", "eps_ptr": None, **KEY, "n_rows": "i32", "n_latent": "i32", "n_hidden": "i32",
+        "stride_epsn": "i32", "LO": -4.0, "HI": 4.0, "PRECISION": "ieee", **blocks,
+    }  # fmt: skip
+
+
+def _ib_bottleneck_forward(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "h_ptr": element, "w_ptr": element, "b_ptr": "*fp32", "z_ptr": element, "mulogvar_ptr": element,
+        "row_kl_ptr": None, "partial_kl_ptr": "*fp32", "partial_count_ptr": "*i32", "stride_hn": "i32",
+        **_ib_bottleneck(shape),
+    }  # fmt: skip
+
+
+def _ib_bottleneck_backward(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "mulogvar_ptr": element, "dz_ptr": element, "dkl_ptr": "*fp32", "inverse_ptr": "*fp32", "w_ptr": element,
+        "dh_ptr": element, "dmulogvar_ptr": element, "split_tiles": "i32", "stride_dzn": "i32", "stride_dhn": "i32",
+        "ADD": True, **_ib_bottleneck(shape),
+    }  # fmt: skip
+
+
+def _cross_entropy(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "logits_ptr": element, "bias_ptr": None, "labels_ptr": "*i64", "loss_ptr": "*fp32", "n_columns": "i32",
+        "stride_n": "i32", "ignore_index": "i32", "COMPUTE": tl.float32, "GRADIENT": True, "BLOCK_V": shape["BLOCK_V"],
+    }  # fmt: skip
+
+
+def _scatter_rows(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    rows, columns = tile_blocks(shape["TILE"], HIDDEN)
+    return {
+        "src_ptr": element, "scale_ptr": "*fp32", "rows_ptr": "*i64", "out_ptr": element, **SIZES,
+        "stride_scale": "i32", "COMPUTE": tl.float32, "BLOCK_N": rows, "BLOCK_C": columns,
+    }  # fmt: skip
+
+
+CASES: dict[str, Case] = {
+    "philox_normal": Case(philox_kernel, "philox", _philox, wide=False),  # it stores, and loads three words a row
+    "philox_dropout": Case(dropout_kernel, "dropout", _dropout),
+    "ib_kl_forward": Case(ib_kl_forward_kernel, "ib_kl", _ib_kl_forward),
+    "ib_kl_backward": Case(ib_kl_backward_kernel, "ib_kl", _ib_kl_backward),
+    # the partials are fp32 whatever the inputs are, and their number is no multiple of anything
+    "ib_kl_reduce": Case(ib_kl_reduce_kernel, "ib_kl_reduce", _ib_kl_reduce, dtypes=("fp32",), wide=False),
+    "ib_bottleneck_forward": Case(
+        ib_bottleneck_forward_kernel, "ib_bottleneck_forward", _ib_bottleneck_forward, dot=True
+    ),
+    "ib_bottleneck_backward": Case(
+        ib_bottleneck_backward_kernel, "ib_bottleneck_backward", _ib_bottleneck_backward, dot=True
+    ),
+    "cross_entropy": Case(cross_entropy_kernel, "cross_entropy", _cross_entropy),
+    "scatter_rows": Case(scatter_rows_kernel, "scatter_rows", _scatter_rows),
+}

@@ -1,0 +1,25 @@
+"""Where ops are registered with torch.library, so that torch.compile and autograd see one node each.
+
+Two kinds, because `register_autograd` refuses ops that write to an argument: functional ops, which carry autograd, and
+buffer-writing ones (their names end in "_"), which the backward of the former calls. Integers that change from step to
+step would be compiled in as constants; a seed or a normalizer that does should come as a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+__all__ = ["NAMESPACE", "library_op"]
+
+NAMESPACE = __name__.partition(".")[0]  # of the package: a copy under another name registers beside it
+
+
+def library_op(name: str, schema: str, *, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.custom_op` in this package's namespace; `schema` as in native_functions.yaml, without the name.
+
+    Explicit schemas, since inferring one from annotations depends on the torch version.
+    """
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, schema=schema)

@@ -1,0 +1,233 @@
+"""Break each kernel on purpose: for every breakage below, a named test must fail.
+
+    python tests/ops/breakages.py [NAME ...]        all of them, or those whose name contains a NAME
+
+Each breakage is one replacement in the source of a copy of the package. The tests that should catch it run on that
+copy in a process of their own, forked from one that has imported torch and Triton. `test_breakages.py` runs the list.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parents[1] / "kernels" / "ibft_kernels"
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """`old` (once in `file`, or the `nth` of several) becomes `new`; `tests` is a node below tests/ops."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    nth: int | None = None
+
+
+def broken(source: str, breakage: Breakage) -> str:
+    parts = source.split(breakage.old)
+    found = len(parts) - 1
+    if found != 1 if breakage.nth is None else breakage.nth >= found:
+        raise LookupError(f"{breakage.name}: {breakage.old!r} occurs {found} times in {breakage.file}")
+    at = 1 + (breakage.nth or 0)
+    return breakage.old.join(parts[:at]) + breakage.new + breakage.old.join(parts[at:])
+
+
+def runs_red(breakage: Breakage | None, tests: str, folder: Path) -> bool:
+    """Whether `tests` fail on a copy of the package in `folder` with the breakage (None: as it is)."""
+    shutil.copytree(PACKAGE, folder / "ibft_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    if breakage is not None:
+        file = folder / "ibft_kernels" / breakage.file
+        file.write_text(broken(file.read_text(encoding="utf-8"), breakage), encoding="utf-8")
+    child = os.fork()
+    if child == 0:
+        os._exit(_child(tests, folder))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, 1) and code >= 0:  # neither passed nor failed: nothing collected, or the copy does not import
+        raise RuntimeError(f"{breakage.name if breakage else 'unbroken'}: {tests} ended with pytest's exit code {code}")
+    return code != 0  # below 0: killed by a signal, as a store outside its tensor can do
+
+
+def _child(tests: str, folder: Path) -> int:
+    import pytest
+
+    sys.path.insert(0, str(folder))
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    nodes = [str(TESTS / node) for node in tests.split()]
+    code = int(pytest.main(["-x", "-q", "-m", "not gpu", "-p", "no:cacheprovider", "-p", "no:randomly", *nodes]))
+    import ibft_kernels
+
+    return code if Path(ibft_kernels.__file__).is_relative_to(folder) else 3
+
+
+def main(names: list[str]) -> int:
+    """Exit status 1 if a breakage passes unnoticed, or a test is red without one."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    # imported here, once, for every child
+    import hypothesis  # noqa: F401
+    import pytest_benchmark.plugin  # noqa: F401
+    import sympy  # noqa: F401
+    import torch
+    import triton.runtime.interpreter  # noqa: F401
+
+    torch.set_num_threads(1)
+
+    chosen = [b for b in BREAKAGES if not names or any(name in b.name for name in names)]
+    wrong = 0
+    for tests in sorted({b.tests for b in chosen}):
+        with tempfile.TemporaryDirectory() as folder:
+            if runs_red(None, tests, Path(folder)):
+                print(f"RED WITHOUT A BREAKAGE  {tests}", flush=True)
+                wrong += 1
+    for breakage in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            red = runs_red(breakage, breakage.tests, Path(folder))
+        print(f"{'caught' if red else 'UNNOTICED':<10}{breakage.name}", flush=True)
+        wrong += not red
+    print(f"{len(chosen)} breakages, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+PHILOX, DROPOUT, KL = "ops/_philox_triton.py", "ops/dropout.py", "ops/_ib_kl_triton.py"
+BOTTLENECK, BOTTLENECK_OP = "ops/_ib_bottleneck_triton.py", "ops/ib_bottleneck.py"
+CE, CE_LOOP, SCATTER = "ops/_cross_entropy_triton.py", "ops/linear_cross_entropy.py", "ops/_scatter_rows.py"
+FOLD, OBJECTIVE = "ops/fold.py", "ops/objective.py"
+
+_PHILOX, _DROPOUT, _KL, _IB = "test_philox.py::", "test_dropout.py::", "test_ib_kl.py::", "test_ib_bottleneck.py::"
+_PHILOX_WORDS = _PHILOX + "test_words_equal_the_reference_bit_for_bit"
+_PHILOX_NORMALS = _PHILOX + "test_normals_equal_the_float64_truth"
+_DROPOUT_EQUAL = _DROPOUT + "test_equals_the_reference"
+_KL_EQUAL = _KL + "test_equals_float64_reference[triton-cpu-252-7-dtype0-1e-14]"
+_KL_REDUCE = _KL + "test_reductions_masks_and_normalizers"
+_IB_EQUAL = _IB + "test_equals_float64_reference"
+_LCE = "test_linear_cross_entropy.py::"
+_LCE_CHUNKS = _LCE + "test_the_chunking_changes_rounding_only"
+_LCE_EQUAL = _LCE + "test_equals_the_float64_reference[triton-cpu-252-123-507-dtype0-1e-13]"
+BREAKAGES = [
+    # philox
+    Breakage("philox: wrong counter word", PHILOX, "zero_nj + sample_n[:, None]", "zero_nj + position_n[:, None]",
+             _PHILOX_WORDS),
+    Breakage("philox: epoch and position exchanged", PHILOX, "epoch_n = tl.load(ids_ptr + rows_n * 3,",
+             "epoch_n = tl.load(ids_ptr + rows_n * 3 + 2,", _PHILOX_WORDS),
+    Breakage("philox: every row the first", PHILOX, "position_n = rows_n.to(tl.int32)",
+             "position_n = tl.zeros_like(rows_n.to(tl.int32))", _KL + "test_noise_ids_default_to_the_row_number"),
+    Breakage("philox: high half of the key lost", PHILOX, "(seed_hi.to(tl.int64) << 32) |", "0 |", _PHILOX_WORDS),
+    Breakage("philox: a column group too far", PHILOX, "group_j = first_column // 4 + ", "group_j = 1 + ",
+             _PHILOX_NORMALS),
+    Breakage("philox: sine for cosine", PHILOX, "_sin_turns(tl.abs(u - 0.5) - 0.25)", "_sin_turns(tl.abs(u - 0.5))",
+             _PHILOX_NORMALS),
+    Breakage("philox: a uniform may be 0", PHILOX, ".to(tl.float32) + 0.5)", ".to(tl.float32))", _PHILOX_NORMALS),
+    Breakage("philox: rows not masked", PHILOX, "mask=mask_n[:, None] & (columns_c < n_columns)[None, :]",
+             "mask=(rows_n >= 0)[:, None] & (columns_c < n_columns)[None, :]", _PHILOX_NORMALS),
+    # dropout
+    Breakage("dropout: the complement", DROPOUT, "tl.where(bits >= threshold", "tl.where(bits < threshold",
+             _DROPOUT_EQUAL),
+    Breakage("dropout: the threshold itself", DROPOUT, "tl.where(bits >= threshold", "tl.where(bits > threshold",
+             _DROPOUT + "test_the_threshold_is_exact"),
+    Breakage("dropout: not scaled", DROPOUT, "scale = tl.div_rn(65536.0, kept)", "scale = kept / kept",
+             _DROPOUT_EQUAL),
+    Breakage("dropout: four columns a call", DROPOUT, "first // 8 + tl.arange", "first // 4 + tl.arange",
+             _DROPOUT_EQUAL),
+    Breakage("dropout: wrong row stride", DROPOUT, "rows_n[:, None] * stride_xn", "rows_n[:, None] * n_columns",
+             _DROPOUT + "test_strided_input_and_gradient"),
+    # ib_kl
+    Breakage("ib_kl: wrong sign of logvar", KL, "mu * mu - 1.0 - logvar", "mu * mu - 1.0 + logvar", _KL_EQUAL),
+    Breakage("ib_kl: padding columns counted", KL, "tl.where(mask_nz, std * std + mu * mu - 1.0 - logvar, 0.0)",
+             "std * std + mu * mu - 1.0 - logvar", _KL + "test_clamps"),
+    Breakage("ib_kl: tokens not masked", KL, "kl_n = tl.where(counted_n, kl_n, 0.0)", "kl_n = kl_n", _KL_REDUCE),
+    Breakage("ib_kl: off by one row", KL, "rows_n[:, None] * stride_lvn", "(rows_n ^ 1)[:, None] * stride_lvn",
+             _KL_EQUAL, nth=0),
+    Breakage("ib_kl: logvar not clamped", KL, "logvar = _clamped(raw, LO, HI)", "logvar = raw", _KL_EQUAL),
+    Breakage("ib_kl: NaN clamped away", KL, "tl.PropagateNan.ALL", "tl.PropagateNan.NONE",
+             _KL + "test_nan_is_not_hidden", nth=1),
+    Breakage("ib_kl: gradient beyond the clamp", KL, "dlogvar = tl.where(inside, dlogvar, 0.0)", "dlogvar = dlogvar",
+             _KL_EQUAL),
+    Breakage("ib_kl: gradient not at the bound", KL, "(raw <= tl.full([], HI, COMPUTE))",
+             "(raw < tl.full([], HI, COMPUTE))", _KL + "test_clamp_gradient_passes_at_the_bounds_and_stops_beyond"),
+    Breakage("ib_kl: other noise in backward", KL, "twice += dz * eps * std", "twice += dz * std * tl.abs(eps)",
+             _KL + "test_backward_recomputes_the_same_noise"),
+    Breakage("ib_kl: gradient of masked tokens", KL,
+             "tl.where(tl.load(mask_ptr + rows_n, mask=mask_n, other=0) != 0, g_n, 0.0)", "g_n", _KL_REDUCE),
+    Breakage("ib_kl: half of dlogvar forgotten", KL, "dlogvar = 0.5 * twice", "dlogvar = twice", _KL_EQUAL),
+    Breakage("ib_kl: partial sums of the first block", KL, "total_b += tl.load", "total_b = tl.load",
+             _KL + "test_more_partials_than_one_block"),
+    # ib_bottleneck
+    Breakage("bottleneck: mu and logvar exchanged", BOTTLENECK, "mu, raw = tl.split", "raw, mu = tl.split", _IB_EQUAL),
+    Breakage("bottleneck: K not masked", BOTTLENECK, "mask_k = offs_k < n_hidden - first_k", "mask_k = offs_k >= 0",
+             _IB_EQUAL),
+    Breakage("bottleneck: bias forgotten", BOTTLENECK, "acc_np += tl.load(b_ptr + rows_p).to(tl.float32)[None, :]",
+             "acc_np += 0.0", _IB_EQUAL),
+    Breakage("bottleneck: noise of the first tile", BOTTLENECK,
+             "mask_n, first, columns_z, mask_nz, tl.float32", "mask_n, 0, columns_z, mask_nz, tl.float32",
+             _IB + "test_noise_of_every_latent_tile"),
+    Breakage("bottleneck: a token counts once a tile", BOTTLENECK,
+             "tl.where(tile_z == 0, tl.sum(counted_n.to(tl.int32), axis=0), 0)",
+             "tl.sum(counted_n.to(tl.int32), axis=0)",
+             _IB + "test_small_tiles"),
+    Breakage("bottleneck: row KL of the first tile", BOTTLENECK, "row_kl[0] if z_tiles == 1 else row_kl.sum(dim=0)",
+             "row_kl[0]", _IB + "test_small_tiles"),
+    Breakage("bottleneck: half of dlogvar forgotten", BOTTLENECK, "dlogvar = 0.5 * twice", "dlogvar = twice",
+             _IB_EQUAL),
+    Breakage("bottleneck: dmu alone reaches hidden", BOTTLENECK, "dh_nd = tl.dot(dlv_nz, w_lv_zd, dh_nd,",
+             "dh_nd = tl.dot(dmu_nz, w_mu_zd,", _IB_EQUAL),
+    Breakage("bottleneck: buffer overwritten", BOTTLENECK, "            if ADD:\n", "            if ADD and False:\n",
+             _IB + "test_adds_into_a_strided_buffer_and_touches_nothing_else"),
+    Breakage("bottleneck: last columns of a split", BOTTLENECK, "split_tiles=triton.cdiv(column_tiles, splits)",
+             "split_tiles=column_tiles // splits", _IB + "test_small_tiles"),
+    Breakage("bottleneck: dmu stored for dlogvar", BOTTLENECK, "pair_offsets + n_latent, dlv_nz",
+             "pair_offsets + n_latent, dmu_nz", _IB_EQUAL),
+    # linear_cross_entropy: kernel
+    Breakage("ce: wrong sign of the one-hot", CE, "- tl.where(columns_v == label", "+ tl.where(columns_v == label",
+             _LCE_EQUAL),
+    Breakage("ce: loss not masked", CE, "tl.where(counted, logsumexp - x_label, 0.0)", "logsumexp - x_label",
+             _LCE + "test_reductions_and_rows"),
+    Breakage("ce: gradient of ignored rows", CE, "gradient = tl.where(counted, gradient, 0.0)", "gradient = gradient",
+             _LCE + "test_reductions_and_rows"),
+    Breakage("ce: off by one row", CE, "label = tl.load(labels_ptr + row)", "label = tl.load(labels_ptr + (row ^ 1))",
+             _LCE_EQUAL),
+    Breakage("ce: padding counted", CE, 'other=float("-inf")).to(COMPUTE)', "other=0.0).to(COMPUTE)",
+             _LCE_EQUAL),
+    Breakage("ce: maximum not taken out", CE, "new_b = tl.maximum(max_b, x)", "new_b = tl.zeros_like(x)",
+             _LCE + "test_extreme_logits"),
+    Breakage("ce: sum not rescaled", CE, "sum_b * tl.exp(max_b - new_b) +", "sum_b +",
+             _LCE + "test_rows_wider_than_a_block"),
+    Breakage("ce: store not masked", CE, "gradient.to(logits_ptr.dtype.element_ty), mask=mask_v)",
+             "gradient.to(logits_ptr.dtype.element_ty))", _LCE_EQUAL),
+    Breakage("ce: bias left out of the gradient", CE, "if bias_ptr is not None:\n        x += ",
+             "if bias_ptr is None:\n        x += ", _LCE_EQUAL),
+    Breakage("ce: a label out of range passes", CE, 'mask=in_range, other=float("nan")', "mask=in_range, other=0.0",
+             _LCE + "test_the_kernel_marks_a_label_out_of_range"),
+    # its chunk loop
+    Breakage("loop: labels of the first chunk", CE_LOOP, "head.visit(part, rows_m, labels[part],",
+             "head.visit(part, rows_m, labels[: part.stop - part.start],", _LCE_CHUNKS),
+    Breakage("loop: dW of the last chunk only", CE_LOOP, "acc.addmm_(a, b)", "acc.addmm_(a, b, beta=0)", _LCE_CHUNKS),
+    Breakage("loop: rows of the wrong chunk", CE_LOOP, "None if rows is None else rows[part]",
+             "None if rows is None else rows[: part.stop - part.start]", _LCE_CHUNKS),
+    Breakage("loop: backward forgets the upstream gradient", SCATTER, "scale.contiguous(), rows",
+             "torch.ones_like(scale), rows", _LCE + "test_backward_twice_with_retain_graph"),
+    Breakage("scatter: off by one row", CE, "target_m = tl.load(rows_ptr + rows_m,",
+             "target_m = tl.load(rows_ptr + (rows_m ^ 1),", _LCE_EQUAL),
+    Breakage("scatter: one scale for all rows", CE, "rows_m * stride_scale", "rows_m * 0",
+             _LCE + "test_reductions_and_rows"),
+    # fold and objective
+    Breakage("fold: bias forgotten", FOLD, "bias_V = head_bias.to(exact) if bias_V is None else bias_V + head_bias",
+             "bias_V = bias_V", "test_fold.py::test_equals_the_direct_way"),
+    Breakage("fold: the last micro-batch only", FOLD, "(made, leaf.grad.to(made.dtype))",
+             "(made, leaf.grad.to(made.dtype) * 0.5)", "test_fold.py::test_one_fold_for_all_micro_batches"),
+    Breakage("objective: beta left out", OBJECTIVE, "(latent.kl + beta * ce_z)", "(latent.kl + ce_z)",
+             "test_ib_objective.py::test_equals_the_released_way"),
+]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

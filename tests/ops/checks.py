@@ -1,0 +1,12 @@
+"""How the op tests compare a result with its float64 truth."""
+
+import torch
+
+
+def check(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], rel: float) -> None:
+    """Elementwise: |found - truth| <= rel (|truth| + the tensor's root mean square)."""
+    for name, expected in truth.items():
+        assert found[name].shape == expected.shape, name
+        scale = expected.abs() + expected.square().mean().sqrt()
+        worst = ((found[name].double() - expected).abs() - rel * scale).max() if expected.numel() else -1
+        assert worst <= 0, f"{name}: {worst} beyond {rel}"
