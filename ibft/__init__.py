@@ -11,6 +11,12 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "ib_kl_loss": "ibft_kernels",
+    "FoldedHead": "ibft_kernels",
+    "fold_head": "ibft_kernels",
+    "folded_cross_entropy": "ibft_kernels",
+    "ib_bottleneck": "ibft_kernels",
+    "ib_objective": "ibft_kernels",
+    "linear_cross_entropy": "ibft_kernels",
     "philox_normal": "ibft_kernels",
     "InformationBottleneck": "ibft.bottleneck",
     "IBObjective": "ibft.objective",
@@ -19,12 +25,18 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "FoldedHead",
     "HiddenTap",
     "IBObjective",
     "InformationBottleneck",
     "LossParts",
     "__version__",
+    "fold_head",
+    "folded_cross_entropy",
+    "ib_bottleneck",
     "ib_kl_loss",
+    "ib_objective",
+    "linear_cross_entropy",
     "philox_normal",
 ]
 
@@ -32,7 +44,16 @@ if TYPE_CHECKING:
     from ibft.bottleneck import InformationBottleneck
     from ibft.objective import IBObjective, LossParts
     from ibft.tap import HiddenTap
-    from ibft_kernels import ib_kl_loss, philox_normal
+    from ibft_kernels import (
+        FoldedHead,
+        fold_head,
+        folded_cross_entropy,
+        ib_bottleneck,
+        ib_kl_loss,
+        ib_objective,
+        linear_cross_entropy,
+        philox_normal,
+    )
 
 
 def __getattr__(name: str):

@@ -210,7 +210,7 @@ BREAKAGES = [
     # its chunk loop
     Breakage("loop: labels of the first chunk", CE_LOOP, "head.visit(part, rows_m, labels[part],",
              "head.visit(part, rows_m, labels[: part.stop - part.start],", _LCE_CHUNKS),
-    Breakage("loop: dW of the last chunk only", CE_LOOP, "acc.addmm_(a, b)", "acc.addmm_(a, b, beta=0)", _LCE_CHUNKS),
+    Breakage("loop: dW of the last chunk only", CE_LOOP, "beta = 0 if first else 1", "beta = 0", _LCE_CHUNKS),
     Breakage("loop: rows of the wrong chunk", CE_LOOP, "None if rows is None else rows[part]",
              "None if rows is None else rows[: part.stop - part.start]", _LCE_CHUNKS),
     Breakage("loop: backward forgets the upstream gradient", SCATTER, "scale.contiguous(), rows",

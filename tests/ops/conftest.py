@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ibft_kernels._workspace import release_logits_buffer
+
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
@@ -17,6 +19,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """`torch.empty` hands out NaN (integers: their maximum): an element that a kernel fails to write shows."""
+    release_logits_buffer()  # or it would hold the last test's numbers
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -1,5 +1,7 @@
 """linear_cross_entropy against its reference: values, every gradient, chunks, labels, and what it may not hold."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from checks import check
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from traffic import count_bytes
 
 from ibft_kernels import linear_cross_entropy, reference
+from ibft_kernels._workspace import logits_buffer, release_logits_buffer
 from ibft_kernels.ops.linear_cross_entropy import chunk_rows
 
 
@@ -313,6 +316,29 @@ def test_each_logit_is_read_twice_and_written_once(device):
         loss.backward()
     assert 2 * n * d <= traffic.loaded <= 1.05 * 2 * n * d + 16 * n
     assert traffic.stored == 2 * n * d
+
+
+def test_the_buffer_is_kept_on_a_cpu_and_grows():
+    """One piece of memory for smaller and larger calls alike, and for every dtype."""
+    release_logits_buffer()
+    small = logits_buffer(100, torch.float32, torch.device("cpu"))
+    large = logits_buffer(1000, torch.float32, torch.device("cpu"))
+    again = logits_buffer(50, torch.bfloat16, torch.device("cpu"))
+    assert [b.numel() for b in (small, large, again)] == [100, 1000, 50]
+    assert again.dtype == torch.bfloat16
+    assert again.data_ptr() == large.data_ptr()
+    release_logits_buffer()
+    assert torch.equal(logits_buffer(4, torch.float32, torch.device("cpu")).isnan(), torch.ones(4, dtype=torch.bool))
+
+
+def test_two_threads_have_two_buffers():
+    tensors = [case(60, 16, 40, "cpu") for _ in range(4)]
+    expected = [results(linear_cross_entropy, t, backend="torch") for t in tensors]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda t: results(linear_cross_entropy, t, backend="torch"), tensors))
+            for one, other in zip(found, expected, strict=True):
+                check(one, other, 1e-13)
 
 
 def test_same_bits_twice(backend, device):

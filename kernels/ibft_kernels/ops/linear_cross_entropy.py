@@ -26,6 +26,7 @@ import torch
 
 from .._dispatch import resolve_backend
 from .._library import library_op
+from .._workspace import logits_buffer
 from ._cross_entropy_triton import cross_entropy_triton_
 from ._rows import FLOATS, as_normalizer, as_rows
 from ._scatter_rows import scatter_rows
@@ -122,18 +123,21 @@ class _Head:
         if self.dhidden_MD.numel():
             torch.mm(logits_mV, self.weight_VD, out=self.dhidden_MD[part])
         if self.dweight_VD.numel():
-            _add_product_(self.dweight_VD, logits_mV.t(), h_mD)
+            _add_product_(self.dweight_VD, logits_mV.t(), h_mD, first=part.start == 0)
         if self.dbias_1V.numel():
             self.dbias_1V.add_(logits_mV.sum(dim=0, keepdim=True, dtype=self.dbias_1V.dtype))
 
 
-def _add_product_(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """acc += a b, accumulated in acc's fp32 (float64) whatever the factors' dtype."""
+def _add_product_(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
+    """acc += a b (the first: acc = a b), accumulated in acc's fp32 (float64) whatever the factors' dtype."""
+    beta = 0 if first else 1  # with 0, what acc holds is not read
     if a.dtype == acc.dtype:
-        acc.addmm_(a, b)
+        acc.addmm_(a, b, beta=beta)
     elif a.device.type == "cuda":
-        torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
-    else:  # no such product on a CPU: each chunk's is rounded once, their sum is not
+        torch.addmm(acc, a, b, out_dtype=acc.dtype, beta=beta, out=acc)
+    elif first:  # no such product on a CPU: each chunk's is rounded once, their sum is not
+        acc.copy_(torch.mm(a, b))
+    else:
         acc.add_(torch.mm(a, b))
 
 
@@ -165,7 +169,7 @@ def _linear_cross_entropies(
     M = labels.shape[0]
     widest = max(w.shape[0] for w in weight)
     step = chunk_rows(M, widest, hidden[0].element_size(), chunk_bytes)
-    buffer = torch.empty(min(step, M) * widest, dtype=hidden[0].dtype, device=labels.device)
+    buffer = logits_buffer(min(step, M) * widest, hidden[0].dtype, labels.device)
     for start in range(0, M, step):
         part = slice(start, min(start + step, M))
         rows_m = None if rows is None else rows[part]
@@ -192,7 +196,7 @@ def _outputs(
         outputs += [
             h.new_empty(M, dtype=exact),
             h.new_empty(M, D) if need_hidden else h.new_empty(0),
-            h.new_zeros(V, D, dtype=exact) if need_weight else h.new_empty(0),
+            (h.new_empty if M else h.new_zeros)(V, D, dtype=exact) if need_weight else h.new_empty(0),
             h.new_zeros(1, V, dtype=exact) if need_bias else h.new_empty(0),
         ]
     return outputs
