@@ -5,15 +5,32 @@
 Why not `bitsandbytes.nn.Linear4bit` itself: its no-grad forward on CPUs with AVX512-BF16 repacks the weight in place,
 after which training gradients are wrong and saved weights differ (seen with 0.50). Here one forward serves training,
 evaluation, generation and gradient checkpointing on every backend; it only reads the packed bytes. bitsandbytes still
-quantises (while transformers streams the weights in, so a full-precision copy of the model never exists) and still
-dequantises.
+quantises (while transformers streams the weights in, so a full-precision copy of the model never exists). On a CPU it
+still dequantises; on a CUDA device `ibft_kernels.nf4_dequantize` does, to the same bits, in memory that layers share.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ibft_kernels import nf4_dequantize
+
+_kept: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}  # by stream too; each as large as its largest use
+
+
+def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """At least `numel` elements for one weight at a time. The same memory serves all layers that a stream runs:
+    the product that reads one weight is enqueued before the next overwrites it.
+    """
+    key = device, dtype, torch.cuda.current_stream(device).cuda_stream
+    if key not in _kept or _kept[key].numel() < numel:
+        _kept.pop(key, None)  # before the larger one is made
+        with torch.inference_mode(False):  # made in generation, it must still be writable in training
+            _kept[key] = torch.empty(numel, dtype=dtype, device=device)
+    return _kept[key]
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -75,7 +92,11 @@ class NF4Linear(nn.Linear):
         return cls(packed, state, bias)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [out, in] in `dtype`."""
+        """The weight [out, in] in `dtype`. On a CUDA device it lies in a buffer that the next layer's overwrites:
+        enqueue what reads it on the current stream before anything is dequantised again there, or clone it.
+        """
+        if self.weight.is_cuda:
+            return self._dequantize_into_buffer(dtype)
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         assert self.nested_absmax.dtype == torch.float32, "the quantisation state must stay in fp32"
@@ -92,6 +113,14 @@ class NF4Linear(nn.Linear):
             ),
         )
         return dequantize_4bit(self.weight.data, state)
+
+    def _dequantize_into_buffer(self, dtype: torch.dtype) -> torch.Tensor:
+        shape = self.out_features, self.in_features
+        return nf4_dequantize(
+            self.weight.detach(), self.absmax, self.code, self.offset, self.nested_absmax, self.nested_code,
+            shape=shape, dtype=dtype, blocksize=self.blocksize, nested_blocksize=self.nested_blocksize,
+            out=_buffer(math.prod(shape), dtype, self.weight.device),
+        )  # fmt: skip
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(input.device.type):

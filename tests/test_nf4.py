@@ -1,5 +1,7 @@
 """The 4-bit linear layer: bitsandbytes' values to the bit, gradients of a plain product, bytes that never change."""
 
+from types import SimpleNamespace
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import save_tiny_model
 from torch import nn
 
+from ibft import nf4
 from ibft.nf4 import NF4Linear, adopt_linear4bit
 
 # NF4's 16 levels: Dettmers et al., QLoRA (arXiv 2305.14314), appendix E
@@ -39,6 +42,72 @@ def test_values_are_exactly_those_of_bitsandbytes_and_of_the_paper(out, blocks, 
     by_hand = torch.tensor(NF4_LEVELS)[codes].view(-1, 64) * absmax[:, None]
     torch.testing.assert_close(layer.dequantize(torch.float32).view(-1, 64), by_hand, rtol=1e-6, atol=1e-9)
     assert (layer.dequantize(torch.float32) - weight.float()).abs().max() < 0.16 * weight.float().abs().max()
+
+
+def test_a_cpu_keeps_bitsandbytes_and_memory_of_its_own(monkeypatch):
+    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *_, **__: pytest.fail("called on a CPU"))
+    layer = NF4Linear.quantize(torch.randn(6, 64))
+    first, second = layer.dequantize(torch.float32), layer.dequantize(torch.float32)
+    assert torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
+
+
+@pytest.fixture
+def on_stream(monkeypatch):
+    """`on_stream(7)`: from now on a CPU passes for a device whose current stream is 7. No buffer kept from before."""
+
+    def choose(stream):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=stream))
+
+    monkeypatch.setattr(nf4, "_kept", {})
+    choose(0)
+    return choose
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_way_of_a_device_has_the_same_bits(on_stream, dtype):
+    for shape in [(6, 64), (40, 192), (5, 70)]:
+        layer = NF4Linear.quantize(torch.randn(shape) * 0.02)
+        assert torch.equal(layer._dequantize_into_buffer(dtype), layer.dequantize(dtype))
+
+
+def test_layers_of_one_stream_share_a_buffer_that_only_grows(on_stream):
+    small, large = NF4Linear.quantize(torch.randn(6, 64)), NF4Linear.quantize(torch.randn(40, 192))
+    with torch.inference_mode():
+        small._dequantize_into_buffer(torch.float32)
+        first = large._dequantize_into_buffer(torch.float32).data_ptr()
+    again = small._dequantize_into_buffer(torch.float32)  # after inference, written in place
+    assert again.data_ptr() == first
+    assert large._dequantize_into_buffer(torch.float32).data_ptr() == first
+    assert small._dequantize_into_buffer(torch.float16).data_ptr() != first
+    on_stream(1)
+    assert small._dequantize_into_buffer(torch.float32).data_ptr() != first
+    assert [buffer.numel() for buffer in nf4._kept.values()] == [40 * 192, 6 * 64, 6 * 64]
+
+
+def test_a_kept_weight_that_was_overwritten_cannot_reach_a_gradient(on_stream):
+    """Outside the layer, whose backward dequantises anew."""
+    layer = NF4Linear.quantize(torch.randn(6, 64))
+    y = F.linear(torch.randn(3, 64, requires_grad=True), layer._dequantize_into_buffer(torch.float32))
+    layer._dequantize_into_buffer(torch.float32)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_device_gives_bitsandbytes_bits_and_gradients(dtype):
+    dense = torch.randn(96, 130, device="cuda") * 0.02
+    packed, state = bnb.quantize_4bit(dense, compress_statistics=True, quant_type="nf4")
+    state.dtype = dtype
+    expected, layer = bnb.dequantize_4bit(packed, state), NF4Linear(packed, state, None)
+    assert torch.equal(layer.dequantize(dtype), expected)
+    other = NF4Linear.quantize(torch.randn(64, 96, device="cuda"))
+    x = torch.randn(7, 130, dtype=dtype, device="cuda", requires_grad=True)
+    y = layer(x)
+    other(y.detach())  # overwrites the buffer
+    upstream = torch.randn_like(y)
+    assert torch.equal(torch.autograd.grad(y, x, upstream)[0], upstream @ expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,6 +10,7 @@ from .ops.fold import FoldedHead, fold_head, fold_pays, folded_cross_entropy
 from .ops.ib_bottleneck import Latent, ib_bottleneck, ib_bottleneck_latent
 from .ops.ib_kl import ib_kl_loss
 from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.nf4 import nf4_dequantize
 from .ops.objective import Linear, ObjectiveParts, ib_objective
 from .ops.philox import noise_key, philox_normal
 
@@ -26,6 +27,7 @@ __all__ = [
     "ib_kl_loss",
     "ib_objective",
     "linear_cross_entropy",
+    "nf4_dequantize",
     "noise_key",
     "philox_dropout",
     "philox_normal",

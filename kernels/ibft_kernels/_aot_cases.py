@@ -7,7 +7,7 @@ absent pointer, and for a constexpr its value. num_warps and num_stages go from 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ._launch import tile_blocks
@@ -17,6 +17,7 @@ from .ops._ib_bottleneck_triton import ib_bottleneck_backward_kernel, ib_bottlen
 from .ops._ib_kl_triton import ib_kl_backward_kernel, ib_kl_forward_kernel, ib_kl_reduce_kernel
 from .ops._philox_triton import philox_kernel
 from .ops.dropout import dropout_kernel
+from .ops.nf4 import EXACT, nf4_dequantize_kernel
 
 __all__ = ["CASES", "DTYPES", "Case"]
 
@@ -41,6 +42,7 @@ class Case:
     dtypes: tuple[str, ...] = DTYPES
     dot: bool = False
     wide: bool = True
+    options: dict[str, Any] = field(default_factory=dict)  # launch options beside the shape's
 
 
 def _philox(element: str, shape: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +128,14 @@ def _scatter_rows(element: str, shape: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _nf4_dequantize(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "packed_ptr": "*u8", "absmax_ptr": "*u8", "code_ptr": "*fp32", "offset_ptr": "*fp32",
+        "nested_absmax_ptr": "*fp32", "nested_code_ptr": "*fp32", "out_ptr": element, "n_weights": "i32",
+        "n_bytes": "i32", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "BLOCK_B": shape["TILE"] // 32,
+    }  # fmt: skip
+
+
 CASES: dict[str, Case] = {
     "philox_normal": Case(philox_kernel, "philox", _philox, wide=False),  # it stores, and loads three words a row
     "philox_dropout": Case(dropout_kernel, "dropout", _dropout),
@@ -141,4 +151,6 @@ CASES: dict[str, Case] = {
     ),
     "cross_entropy": Case(cross_entropy_kernel, "cross_entropy", _cross_entropy),
     "scatter_rows": Case(scatter_rows_kernel, "scatter_rows", _scatter_rows),
+    # a lane loads as many bytes as it can store weights at once: 4 to 16
+    "nf4_dequantize": Case(nf4_dequantize_kernel, "nf4_dequantize", _nf4_dequantize, wide=False, options=EXACT),
 }

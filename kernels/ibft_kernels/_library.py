@@ -8,6 +8,7 @@ step would be compiled in as constants; a seed or a normalizer that does should 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +21,28 @@ NAMESPACE = __name__.partition(".")[0]  # of the package: a copy under another n
 def library_op(name: str, schema: str, *, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """`torch.library.custom_op` in this package's namespace; `schema` as in native_functions.yaml, without the name.
 
-    Explicit schemas, since inferring one from annotations depends on the torch version.
+    Explicit schemas, since inferring one from annotations depends on the torch version. The op runs with its tensors'
+    GPU as the current one: Triton launches on the current device, wherever the pointers lead.
     """
-    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, schema=schema)
+
+    def register(function: Callable[..., Any]) -> Any:
+        @wraps(function)
+        def on_their_device(*arguments: Any) -> Any:
+            device = _device_of(arguments)
+            if device is None or device.type != "cuda":
+                return function(*arguments)
+            with torch.cuda.device(device):
+                return function(*arguments)
+
+        return torch.library.custom_op(f"{NAMESPACE}::{name}", on_their_device, mutates_args=mutates, schema=schema)
+
+    return register
+
+
+def _device_of(arguments: Iterable[Any]) -> torch.device | None:
+    """Of the first tensor, which may be the first of a list."""
+    for argument in arguments:
+        first = argument[0] if isinstance(argument, list) and argument else argument
+        if isinstance(first, torch.Tensor):
+            return first.device
+    return None

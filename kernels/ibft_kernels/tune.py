@@ -30,6 +30,7 @@ from .ops._ib_kl_triton import backward_triton, forward_triton
 from .ops._philox_triton import launch_philox
 from .ops.dropout import launch_dropout
 from .ops.ib_bottleneck import ib_bottleneck
+from .ops.nf4 import launch_nf4_dequantize
 
 __all__ = ["KERNELS", "Measurement", "main", "measure", "search", "write_shapes"]
 
@@ -100,6 +101,16 @@ def _scatter_rows(dtype: torch.dtype, device: torch.device) -> Work:
     return Work(lambda: scatter_rows_triton(src, scale, None, out), 2 * src.nbytes)
 
 
+def _nf4_dequantize(dtype: torch.dtype, device: torch.device) -> Work:
+    """An up-projection of the usual width."""
+    out = torch.empty(4 * HIDDEN, HIDDEN, dtype=dtype, device=device)
+    packed, absmax = (torch.randint(256, (out.numel() // n,), device=device).to(torch.uint8) for n in (2, 64))
+    code, offset, nested_code = (torch.randn(n, device=device) for n in (16, 1, 256))
+    nested_absmax = torch.randn(-(-absmax.numel() // 256), device=device)
+    arguments = out, packed, absmax, code, offset, nested_absmax, nested_code, 64, 256
+    return Work(lambda: launch_nf4_dequantize(*arguments), out.nbytes + packed.nbytes + absmax.nbytes)
+
+
 def _encoder(dtype: torch.dtype, device: torch.device) -> tuple[Spec, torch.Tensor, torch.Tensor, int]:
     """(spec, hidden, weight, flops of one product). fp32 latents are half as wide: what its backward keeps on chip."""
     latent = LATENT if dtype.itemsize == 2 else LATENT // 2
@@ -152,6 +163,7 @@ KERNELS: dict[str, tuple[Callable[[torch.dtype, torch.device], Work], list[dict[
         _cross_entropy, _grid(BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32), num_stages=(1,)),
     ),
     "scatter_rows": (_scatter_rows, _TILES),
+    "nf4_dequantize": (_nf4_dequantize, _TILES),
     "ib_bottleneck_forward/16": (
         _ib_bottleneck_forward,
         _grid(BLOCK_N=(64, 128), BLOCK_Z=(32, 64, 128), BLOCK_K=(32, 64), num_warps=(4, 8), num_stages=(2, 3, 4)),

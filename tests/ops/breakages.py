@@ -101,7 +101,7 @@ def main(names: list[str]) -> int:
 PHILOX, DROPOUT, KL = "ops/_philox_triton.py", "ops/dropout.py", "ops/_ib_kl_triton.py"
 BOTTLENECK, BOTTLENECK_OP = "ops/_ib_bottleneck_triton.py", "ops/ib_bottleneck.py"
 CE, CE_LOOP, SCATTER = "ops/_cross_entropy_triton.py", "ops/linear_cross_entropy.py", "ops/_scatter_rows.py"
-FOLD, OBJECTIVE = "ops/fold.py", "ops/objective.py"
+FOLD, OBJECTIVE, NF4 = "ops/fold.py", "ops/objective.py", "ops/nf4.py"
 
 _PHILOX, _DROPOUT, _KL, _IB = "test_philox.py::", "test_dropout.py::", "test_ib_kl.py::", "test_ib_bottleneck.py::"
 _PHILOX_WORDS = _PHILOX + "test_words_equal_the_reference_bit_for_bit"
@@ -113,6 +113,8 @@ _IB_EQUAL = _IB + "test_equals_float64_reference"
 _LCE = "test_linear_cross_entropy.py::"
 _LCE_CHUNKS = _LCE + "test_the_chunking_changes_rounding_only"
 _LCE_EQUAL = _LCE + "test_equals_the_float64_reference[triton-cpu-252-123-507-dtype0-1e-13]"
+_NF4 = "test_nf4_dequantize.py::"
+_NF4_EQUAL = _NF4 + "test_equals_bitsandbytes"
 BREAKAGES = [
     # philox
     Breakage("philox: wrong counter word", PHILOX, "zero_nj + sample_n[:, None]", "zero_nj + position_n[:, None]",
@@ -219,6 +221,21 @@ BREAKAGES = [
              "target_m = tl.load(rows_ptr + (rows_m ^ 1),", _LCE_EQUAL),
     Breakage("scatter: one scale for all rows", CE, "rows_m * stride_scale", "rows_m * 0",
              _LCE + "test_reductions_and_rows"),
+    # nf4_dequantize
+    Breakage("nf4: low nibble first", NF4, "tl.interleave(high_j, low_j)", "tl.interleave(low_j, high_j)", _NF4_EQUAL),
+    Breakage("nf4: offset forgotten", NF4, "* nested_b + tl.load(offset_ptr)", "* nested_b", _NF4_EQUAL),
+    Breakage("nf4: nested absmax of the first block", NF4, "nested_absmax_ptr + blocks_b // NESTED_BLOCKSIZE",
+             "nested_absmax_ptr + blocks_b * 0", _NF4_EQUAL),
+    Breakage("nf4: absmax of the first tile", NF4, "blocks_b = first + tl.arange", "blocks_b = tl.arange", _NF4_EQUAL),
+    Breakage("nf4: rounded before the scale", NF4, "(packed_j >> 4)) *", "(packed_j >> 4)).to(tl.float16) *",
+             _NF4_EQUAL),
+    Breakage("nf4: last byte not read", NF4, "mask=bytes_j < n_bytes", "mask=bytes_j < n_weights // 2", _NF4_EQUAL),
+    Breakage("nf4: store not masked", NF4, "mask=weights < n_weights)", "mask=weights >= 0)",
+             _NF4 + "test_writes_the_start_of_a_given_buffer"),
+    Breakage("nf4: multiply-adds allowed", NF4, '{"enable_fp_fusion": False}', '{"enable_fp_fusion": True}',
+             _NF4 + "test_the_launcher_forbids_multiply_adds"),
+    Breakage("nf4: absmax of the first chunk", NF4, "scale_B[first // blocksize :", "scale_B[0 :",
+             _NF4 + "test_the_torch_path_works_in_chunks"),
     # fold and objective
     Breakage("fold: bias forgotten", FOLD, "bias_V = head_bias.to(exact) if bias_V is None else bias_V + head_bias",
              "bias_V = bias_V", "test_fold.py::test_equals_the_direct_way"),

@@ -18,6 +18,7 @@ from ibft_kernels import (
     ib_kl_loss,
     ib_objective,
     linear_cross_entropy,
+    nf4_dequantize,
     philox_dropout,
     philox_normal,
 )
@@ -139,6 +140,26 @@ def linear_cross_entropies_cases(backend: str) -> Iterator[Case]:
     yield [rows(N, D)], frozen[:1], [none], where, labels, -100, hidden_only, False, budget, backend
 
 
+def nf4_tensors(n_weights: int) -> Case:
+    """A random weight, the same for every caller."""
+    fixed = torch.Generator().manual_seed(n_weights)
+    n_blocks = -(-n_weights // 64)
+    packed, absmax = (torch.randint(256, (n,), generator=fixed).to(torch.uint8) for n in (-(-n_weights // 2), n_blocks))
+    code, offset, nested, nested_code = (torch.randn(n, generator=fixed) for n in (16, 1, -(-n_blocks // 256), 256))
+    return packed, absmax, code, offset, nested, nested_code
+
+
+def nf4_dequantize_cases(backend: str) -> Iterator[Case]:
+    yield *nf4_tensors(Z * D), 64, 256, Z, D, torch.float16, backend
+    yield *nf4_tensors(N * 5), 64, 256, N, 5, torch.float32, backend
+    yield *nf4_tensors(0), 64, 256, 0, D, torch.float32, backend
+
+
+def nf4_dequantize_into_cases(backend: str) -> Iterator[Case]:
+    yield torch.zeros(Z, D), *nf4_tensors(Z * D), 64, 256, backend
+    yield torch.zeros(2 * N * 5)[: N * 5].view(N, 5), *nf4_tensors(N * 5), 64, 256, backend
+
+
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "philox_words": philox_words_cases,
     "philox_normal": philox_normal_cases,
@@ -151,6 +172,8 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "ib_bottleneck_backward_": ib_bottleneck_backward_into_cases,
     "scatter_rows": scatter_rows_cases,
     "linear_cross_entropies": linear_cross_entropies_cases,
+    "nf4_dequantize": nf4_dequantize_cases,
+    "nf4_dequantize_": nf4_dequantize_into_cases,
 }
 
 
@@ -235,6 +258,17 @@ def objective_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x
     ).loss  # fmt: skip
 
 
+NF4 = nf4_tensors(Z * Z)
+
+
+def nf4_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Alone, then into a buffer longer than the weight."""
+    y = x @ nf4_dequantize(*NF4, shape=(Z, Z), dtype=torch.float32, backend=backend)
+    buffer = x.new_zeros(Z * Z + 3)
+    w = nf4_dequantize(*NF4, shape=(Z, Z), dtype=torch.float32, out=buffer, backend=backend)
+    return (y.sin() @ w + buffer[:Z]) * (seed % 7 + 1)  # it draws nothing itself
+
+
 GRAPHS = {
     "philox_normal": normal_graph,
     "philox_dropout": dropout_graph,
@@ -242,6 +276,7 @@ GRAPHS = {
     "ib_bottleneck": bottleneck_graph,
     "ib_bottleneck_latent": latent_graph,
     "linear_cross_entropy": cross_entropy_graph,
+    "nf4_dequantize": nf4_graph,
     "fold_head": fold_graph,
     "folded_cross_entropy": folded_graph,
     "ib_objective": objective_graph,
@@ -277,3 +312,13 @@ def test_a_compiled_graph_draws_its_own_seed_anew(backend):
     mu = torch.zeros(4, 8)
     first, second = compiled(mu), compiled(mu)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_of_another_than_the_current_device():
+    mu, logvar = torch.randn(2, N, Z, device="cuda:1")
+    with torch.cuda.device(0):
+        z, _ = ib_kl_loss(mu, logvar, seed=1)
+    assert z.device == mu.device
+    torch.testing.assert_close(z.cpu(), ib_kl_loss(mu.cpu(), logvar.cpu(), seed=1)[0])

@@ -8,6 +8,7 @@ from .dropout import philox_dropout
 from .ib_bottleneck import ib_bottleneck
 from .ib_kl import ib_kl_loss
 from .linear_cross_entropy import fold_head, folded_cross_entropy, linear_cross_entropy
+from .nf4 import nf4_dequantize
 from .objective import ib_objective
 from .philox import noise_key, philox_normal
 
@@ -18,6 +19,7 @@ __all__ = [
     "ib_kl_loss",
     "ib_objective",
     "linear_cross_entropy",
+    "nf4_dequantize",
     "noise_key",
     "philox_dropout",
     "philox_normal",
