@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "ib_kl_loss": "ibft_kernels",
     "FoldedHead": "ibft_kernels",
+    "Linear": "ibft_kernels",
     "fold_head": "ibft_kernels",
     "folded_cross_entropy": "ibft_kernels",
     "ib_bottleneck": "ibft_kernels",
@@ -29,6 +30,7 @@ __all__ = [
     "HiddenTap",
     "IBObjective",
     "InformationBottleneck",
+    "Linear",
     "LossParts",
     "__version__",
     "fold_head",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from ibft.tap import HiddenTap
     from ibft_kernels import (
         FoldedHead,
+        Linear,
         fold_head,
         folded_cross_entropy,
         ib_bottleneck,

@@ -40,6 +40,34 @@ def assert_same(found, expected, tolerance=1e-5):
         assert (found[name] - value).norm() <= tolerance * value.norm(), name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_fold_a_step_sent_before_the_gradients_are_unscaled(folder, monkeypatch, precision):
+    """One fold in the step's precision, used by every micro-batch, sent between the last of them and the unscaling."""
+    from ibft_kernels import FoldedHead
+    from ibft_kernels.ops import fold as fold_module
+
+    events, dtypes, uses = [], [], []
+    trainer = tiny_trainer(
+        folder, random_samples(LENGTHS), f"train.mixed_precision={precision}", "data.packing=false",
+        "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=4",
+    )  # fmt: skip
+    made, sent, backward = fold_module.fold_head, FoldedHead.backward, trainer.accelerator.backward
+    monkeypatch.setattr(fold_module, "fold_head", lambda *a: events.append("fold") or made(*a))
+    monkeypatch.setattr(
+        FoldedHead, "backward", lambda f: events.append("send") or dtypes.append(f.weight.dtype) or sent(f)
+    )
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: events.append("backward") or backward(loss))
+    monkeypatch.setattr(trainer.accelerator, "unscale_gradients", lambda: events.append("unscale"))
+    forward = trainer.objective.forward
+    monkeypatch.setattr(trainer.objective, "forward", lambda *a, **k: uses.append(k["fold"]) or forward(*a, **k))
+    trainer.model.train()
+    trainer.backward(next(trainer.batches(trainer.data, epoch=0)))
+    assert events == ["fold", *["backward"] * 4, "send", "unscale"]
+    assert dtypes == [{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]]
+    assert len(uses) == 4
+    assert all(use is uses[0] and use is not None for use in uses)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("split", [(1, 8), (2, 4), (3, 3)])

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import gradients, random_samples, randomise_lora, save_tiny_model, tiny_trainer
 
 from ibft import IBObjective, InformationBottleneck
-from ibft.objective import label_positions
+from ibft.objective import label_positions, latent_sums
 from ibft.tap import decoder_of
-from ibft_kernels import noise_key, philox_normal
+from ibft_kernels import Latent, noise_key, philox_normal
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,32 @@ def test_both_reductions_and_encoders(reduction, encoder):
     expected = kl.mean() if reduction == "mean" else kl.sum(-1).mean()
     torch.testing.assert_close(parts.kl, expected.detach())
     torch.testing.assert_close(parts.loss, parts.ce + 0.5 * (parts.kl + 0.25 * parts.ce_z), check_stride=False)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_head_with_a_bias(shared):
+    """In both cross-entropies, folded for one call, for a step, or (few rows) not at all."""
+    torch.manual_seed(0)
+    for rows in (3, 60):
+        B, D, Z, V = 2, 16, 4, 23
+        bottleneck, head = InformationBottleneck(D, Z), torch.nn.Linear(D, V)
+        h, last, eps = torch.randn(B, rows, D), torch.randn(B, rows, D), torch.randn(B, rows, Z)
+        labels = torch.randint(0, V, (B, rows))
+        objective = IBObjective(bottleneck, alpha=0.5, beta=0.25)
+        fold = objective.fold(head, B * rows) if shared else None
+        assert (fold is not None) == (shared and rows == 60)
+        parts = objective(last, h, head, labels=labels, eps=eps, fold=fold)
+        mu, logvar = bottleneck.encoder(h).chunk(2, -1)
+        z = mu + (logvar.clamp(-4, 4) / 2).exp() * eps
+        for hidden, found in ((last, parts.ce), (bottleneck.up(z), parts.ce_z)):
+            logits = head(hidden)[:, :-1].flatten(0, 1)
+            torch.testing.assert_close(found, F.cross_entropy(logits, labels[:, 1:].flatten()).detach())
+
+
+def test_latent_statistics_are_of_the_clamped_variance():
+    mu, logvar = torch.zeros(1, 3), torch.tensor([[9.0, -9.0, 0.0]])
+    sums = latent_sums(Latent(mu, torch.tensor(0.0), mu, logvar), None)
+    assert float(sums.var) == pytest.approx(math.exp(4) + math.exp(-4) + 1)
 
 
 def test_latent_statistics():

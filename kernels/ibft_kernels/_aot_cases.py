@@ -114,8 +114,9 @@ def _ib_bottleneck_backward(element: str, shape: dict[str, Any]) -> dict[str, An
 
 
 def _cross_entropy(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """As the folded latent head calls it; the main head's lacks the bias, an evaluation's the gradient."""
     return {
-        "logits_ptr": element, "bias_ptr": None, "labels_ptr": "*i64", "loss_ptr": "*fp32", "n_columns": "i32",
+        "logits_ptr": element, "bias_ptr": "*fp32", "labels_ptr": "*i64", "loss_ptr": "*fp32", "n_columns": "i32",
         "stride_n": "i32", "ignore_index": "i32", "COMPUTE": tl.float32, "GRADIENT": True, "BLOCK_V": shape["BLOCK_V"],
     }  # fmt: skip
 
@@ -149,7 +150,20 @@ CASES: dict[str, Case] = {
     "ib_bottleneck_backward": Case(
         ib_bottleneck_backward_kernel, "ib_bottleneck_backward", _ib_bottleneck_backward, dot=True
     ),
+    # an argument of 1 is a constant to Triton, which the interpreter does not show
+    "ib_bottleneck_backward:Z=1": Case(
+        ib_bottleneck_backward_kernel,
+        "ib_bottleneck_backward",
+        lambda element, shape: _ib_bottleneck_backward(element, shape | {"BLOCK_Z": 16}) | {"n_latent": 1},
+        wide=False,
+    ),
     "cross_entropy": Case(cross_entropy_kernel, "cross_entropy", _cross_entropy),
+    "cross_entropy:no_bias": Case(
+        cross_entropy_kernel, "cross_entropy", lambda *given: _cross_entropy(*given) | {"bias_ptr": None}
+    ),
+    "cross_entropy:loss_only": Case(
+        cross_entropy_kernel, "cross_entropy", lambda *given: _cross_entropy(*given) | {"GRADIENT": False}
+    ),
     "scatter_rows": Case(scatter_rows_kernel, "scatter_rows", _scatter_rows),
     # a lane loads as many bytes as it can store weights at once: 4 to 16
     "nf4_dequantize": Case(nf4_dequantize_kernel, "nf4_dequantize", _nf4_dequantize, wide=False, options=EXACT),

@@ -87,7 +87,7 @@ def compile_one(kernel: str, dtype: str, arch: int) -> Row:
     types, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(case.kernel.params):
         value = types[parameter.name] = arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr or not isinstance(value, str):
             types[parameter.name], constants[(i,)] = "constexpr", value
         elif not parameter.do_not_specialize:
             aligned[(i,)] = [["tt.divisibility", 16]]
@@ -141,14 +141,14 @@ def main(argv: list[str] | None = None) -> int:
         reason = "unset TRITON_INTERPRET" if HAVE_TRITON else "triton is not installed"
         print(f"ibft_kernels.aot: cannot compile: {reason}", file=sys.stderr)
         return 2
-    print(f"{'kernel':<24}{'dtype':<7}{'arch':<8}{'registers':>9}{'local_B':>9}{'shared_B':>10}{'mma':>6}{'wide':>6}")
+    print(f"{'kernel':<27}{'dtype':<7}{'arch':<8}{'registers':>9}{'local_B':>9}{'shared_B':>10}{'mma':>6}{'wide':>6}")
     rows = []
     for row in compile_all(options.arch, options.dtype, options.processes):
         rows.append(row)
         figures = (
             f"{row.registers:>9}{row.local_bytes:>9}{row.shared_bytes:>10}{row.tensor_cores:>6}{row.wide_loads:>6}"
         )
-        print(f"{row.kernel:<24}{row.dtype:<7}sm_{row.arch:<5}{figures}  {'; '.join(row.faults)}".rstrip(), flush=True)
+        print(f"{row.kernel:<27}{row.dtype:<7}sm_{row.arch:<5}{figures}  {'; '.join(row.faults)}".rstrip(), flush=True)
     failed = sum(bool(row.faults) for row in rows)
     print(f"{len(rows)} compiled, {failed} failed")
     return 1 if failed else 0

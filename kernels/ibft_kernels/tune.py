@@ -141,7 +141,8 @@ def _ib_bottleneck_routes(dtype: torch.dtype, device: torch.device) -> Work:
     weight.requires_grad_()
 
     def run() -> None:
-        z, kl = ib_bottleneck(hidden, weight, None, seed=1)
+        with torch.enable_grad():
+            z, kl = ib_bottleneck(hidden, weight, None, seed=1)
         torch.autograd.grad((z, kl), (hidden, weight), (z, kl))
 
     return Work(run, flops=3 * flops)

@@ -112,6 +112,7 @@ _KL_REDUCE = _KL + "test_reductions_masks_and_normalizers"
 _IB_EQUAL = _IB + "test_equals_float64_reference"
 _LCE = "test_linear_cross_entropy.py::"
 _LCE_CHUNKS = _LCE + "test_the_chunking_changes_rounding_only"
+_LCE_TORCH = _LCE + "test_equals_the_float64_reference[torch-cpu-252-123-507-dtype0-1e-13]"
 _LCE_EQUAL = _LCE + "test_equals_the_float64_reference[triton-cpu-252-123-507-dtype0-1e-13]"
 _NF4 = "test_nf4_dequantize.py::"
 _NF4_EQUAL = _NF4 + "test_equals_bitsandbytes"
@@ -236,7 +237,24 @@ BREAKAGES = [
              _NF4 + "test_the_launcher_forbids_multiply_adds"),
     Breakage("nf4: absmax of the first chunk", NF4, "scale_B[first // blocksize :", "scale_B[0 :",
              _NF4 + "test_the_torch_path_works_in_chunks"),
+    # the torch path, what a CPU runs
+    Breakage("torch: sign of the one-hot", CE_LOOP, "torch.full_like(target_b1, -1, dtype=compute)",
+             "torch.full_like(target_b1, 1, dtype=compute)", _LCE_TORCH),
+    Breakage("torch: gradient of ignored rows", CE_LOOP, "if not none_ignored:", "if False:",
+             _LCE + "test_reductions_and_rows"),
+    Breakage("torch: a label out of range passes", CE_LOOP, 'loss_m.masked_fill_(outside, float("nan"))', "loss_m",
+             _LCE + "test_the_kernel_marks_a_label_out_of_range"),
+    Breakage("torch: dW of low precision not summed", CE_LOOP, "acc.add_(torch.mm(a, b))", "acc.copy_(torch.mm(a, b))",
+             _LCE + "test_low_precision_against_the_truth"),
+    Breakage("torch: scale rounded to bf16", SCATTER, "(src.to(scale.dtype) *", "(src * scale.to(src.dtype) / scale *",
+             _LCE + "test_a_small_upstream_gradient_is_not_rounded_to_bf16"),
+    Breakage("torch: KL without the variance", "ops/ib_kl.py", "std.square_().sub_(logvar)", "std.mul(0).sub_(logvar)",
+             "test_ib_kl.py::test_equals_float64_reference[torch-cpu-252-7-dtype0-1e-14]"),
     # fold and objective
+    Breakage("fold: gradients in low precision", FOLD, "leaf.grad_dtype = torch.float32", "pass",
+             "test_fold.py::test_a_low_precision_fold_accumulates_in_fp32"),
+    Breakage("objective: head bias dropped", OBJECTIVE, "head, encoder = Linear(*head), Linear(*encoder)",
+             "head, encoder = Linear(head[0]), Linear(*encoder)", "test_ib_objective.py::test_equals_the_released_way"),
     Breakage("fold: bias forgotten", FOLD, "bias_V = head_bias.to(exact) if bias_V is None else bias_V + head_bias",
              "bias_V = bias_V", "test_fold.py::test_equals_the_direct_way"),
     Breakage("fold: the last micro-batch only", FOLD, "(made, leaf.grad.to(made.dtype))",

@@ -99,6 +99,33 @@ def test_a_low_precision_fold_accumulates_in_fp32(device, dtype):
     assert error < 2 * torch.finfo(dtype).eps, "one micro-batch's rounding, which adding them up must not enlarge"
 
 
+def test_a_low_precision_head_bias_becomes_fp32(device):
+    tensors = case(4, 16, 5, 30, device, torch.bfloat16)
+    for up_bias in (None, tensors["up_bias"]):
+        _, bias = fold_head(tensors["head_weight"], tensors["up_weight"], up_bias, tensors["head_bias"])
+        assert bias.dtype == torch.float32
+
+
+def test_a_fold_is_sent_once(device):
+    folded = FoldedHead(*(case(4, 16, 5, 30, device)[n] for n in ("head_weight", "up_weight", "up_bias")))
+    folded.backward()
+    with pytest.raises(RuntimeError, match="one FoldedHead for each optimizer step"):
+        folded.backward()
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_autocast_does_not_change_the_loss(device, fold):
+    tensors = case(60, 16, 5, 30, device, torch.float32)
+    expected = results(folded_cross_entropy, tensors, fold=fold)
+
+    def in_a_region(*args, **options):  # backward runs outside, as PyTorch asks for
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return folded_cross_entropy(*args, **options)
+
+    found = results(in_a_region, tensors, fold=fold)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_fold_nothing_arrived_at(device):
     tensors = case(4, 16, 5, 30, device)
     FoldedHead(tensors["head_weight"], tensors["up_weight"], tensors["up_bias"]).backward()

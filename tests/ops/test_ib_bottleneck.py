@@ -357,6 +357,42 @@ def test_no_seed_draws_from_torchs_generator(backend, device):
 # --- the buffer-writing op ------------------------------------------------------------------------
 
 
+def test_an_fp32_buffer_receives_an_unrounded_product(route, device):
+    """Of fp16 factors: what is added to the buffer is the fp32 product, not one rounded to fp16 first."""
+    hidden, weight, bias = (t.detach() for t in problem(40, 64, 16, device, torch.float16, torch.float32).values())
+    noise = None, None, None
+    _, _, inverse, mulogvar, eps = OPS.ib_bottleneck(hidden, weight, bias, *noise, None, *settings(route))
+    dz = torch.randn(40, 16, device=device).half()
+    noise = None, eps if route == "torch" else None, None
+    inputs = dz, None, None, weight, mulogvar, inverse, *noise
+    pair = OPS.ib_bottleneck_backward(
+        dz, None, hidden, weight, mulogvar, inverse, *noise, *settings(route), *(True,) * 3
+    )
+    buffer = torch.zeros(40, 64, device=device)
+    OPS.ib_bottleneck_backward_(buffer, *inputs, *settings(route), False, False)
+    assert not torch.equal(buffer, buffer.half().float()), "rounded to fp16 on the way"
+    assert (buffer - pair[0].float()).abs().max() <= torch.finfo(torch.float16).eps * buffer.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": None}, "hidden: expected the encoder's input, which the weight's gradient needs, got None"),
+        ({"hidden": torch.ones(5, 7)}, r"hidden: expected shape \(5, 8\) with adjacent columns, got \(5, 7\)"),
+        ({"dz": torch.ones(4, 3)}, r"dz: expected shape \(5, 3\) with adjacent columns, got \(4, 3\)"),
+        ({"dz": torch.ones(5, 3).half()}, "dz: expected torch.float32 on cpu, got torch.float16 on cpu"),
+        ({"mulogvar": torch.ones(5, 4)}, r"mulogvar: expected shape \(5, 6\)"),
+    ],
+)
+def test_a_bad_tensor_leaves_the_buffer_alone(route, changes, message):
+    tensors = {"dz": torch.ones(5, 3), "hidden": torch.ones(5, 8), "mulogvar": torch.ones(5, 6)} | changes
+    buffer, eps = torch.zeros(5, 8), torch.ones(5, 3)
+    saved = tensors["hidden"], torch.ones(6, 8), tensors["mulogvar"], torch.ones(1), None, eps, None
+    with pytest.raises(ValueError, match=message):
+        OPS.ib_bottleneck_backward_(buffer, tensors["dz"], None, *saved, *settings(route), True, True)
+    assert (buffer == 0).all()
+
+
 @pytest.mark.parametrize("arriving", ["z", "kl", "both"])
 @pytest.mark.parametrize(
     ("dtype", "buffer_dtype"),
@@ -546,12 +582,50 @@ def test_the_launch_file_chooses_and_the_chip_limits(architecture, monkeypatch):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         hidden = torch.empty(1, dtype=dtype)
         widest = shapes_of(architecture)[f"ib_bottleneck_backward/{8 * dtype.itemsize}"]["BLOCK_Z"]
-        assert module._resolve_route("auto", hidden, widest) == entry["route"]
-        assert module._resolve_route("auto", hidden, widest + 1) == "product"
         assert module._resolve_route("fused", hidden, widest) == "fused"
         assert module._resolve_route("fused", hidden, widest + 1) == "product"
         assert module._resolve_route("torch", hidden, widest) == "torch"
     assert module._resolve_route("fused", torch.empty(1, dtype=torch.float64), 1) == "product"
+
+
+@pytest.mark.parametrize("entry", ["fused", "product"])
+def test_auto_takes_the_files_route(monkeypatch, entry):
+    asked = []
+    inner = module._resolve_route
+    monkeypatch.setattr(module, "_resolve_route", lambda route, *rest: asked.append(route) or inner(route, *rest))
+    monkeypatch.setitem(shapes_of("interpreter"), "ib_bottleneck", {"route": entry})
+    inputs = problem(9, 12, 16, "cpu")
+    ib_bottleneck(**inputs, seed=1)
+    ib_bottleneck(**inputs, seed=1, backend="triton")
+    assert asked == [entry, "fused"]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_search_of_the_route_at_first_use(monkeypatch, grad):
+    """IBFT_AUTOTUNE=1 as a GPU has it, on the kernels in the interpreter: both routes run, forward and backward."""
+    from ibft_kernels import tune
+
+    runs = []
+    monkeypatch.setattr(_launch, "chosen", {})
+    monkeypatch.setattr(tune, "chosen", _launch.chosen)
+    for place in (_launch, tune):
+        monkeypatch.setattr(place, "architecture_of", lambda _: "sm_90")
+    interpreter = shapes_of("interpreter")
+    monkeypatch.setattr(_launch, "shapes_of", lambda _: interpreter)
+    monkeypatch.setattr(tune, "_encoder", lambda *_: (None, torch.randn(8, 16), torch.randn(8, 16), 1))
+    monkeypatch.setattr(tune, "_time_ms", lambda run: run() or runs.append(1) or float(len(runs)))
+    monkeypatch.setattr(tune, "KERNELS", {"ib_bottleneck": tune.KERNELS["ib_bottleneck"]} | _only_stored(tune))
+    monkeypatch.setenv("IBFT_AUTOTUNE", "1")
+    with torch.set_grad_enabled(grad):
+        z, _ = ib_bottleneck(**problem(9, 12, 16, "cpu"), seed=1)
+    assert z.shape == (9, 16)
+    assert set(_launch.chosen["sm_90", "ib_bottleneck"]) == {"route"}
+
+
+def _only_stored(tune) -> dict:
+    """Every other entry with no candidate but the file's own, and nothing to run."""
+    idle = tune.Work(lambda: None)
+    return {key: (lambda *_: idle, []) for key in tune.KERNELS if key != "ib_bottleneck"}
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,44 @@ def test_reductions_and_rows(backend, device, reduction, given_rows):
     assert found["loss"].shape == (tensors["labels"].shape if reduction == "none" else ())
 
 
+@pytest.mark.parametrize("given_rows", [False, True])
+def test_another_ignore_index(backend, device, given_rows):
+    tensors = case(50, 8, 30, device)
+    tensors["labels"][tensors["labels"] == -100] = 7
+    options = {"rows": torch.arange(50, device=device)} if given_rows else {}
+    found = results(linear_cross_entropy, tensors, ignore_index=7, backend=backend, **options)
+    check(found, results(reference.linear_cross_entropy, exact(tensors), ignore_index=7, **options), 1e-13)
+
+
+def test_the_default_budget(monkeypatch):
+    from ibft_kernels.ops import linear_cross_entropy as module
+
+    sizes = []
+    inner = module.logits_buffer
+    monkeypatch.setattr(
+        module, "logits_buffer", lambda n, dtype, d: sizes.append(n * dtype.itemsize) or inner(n, dtype, d)
+    )
+    torch.use_deterministic_algorithms(False)
+    with torch.no_grad():
+        linear_cross_entropy(
+            torch.ones(4000, 2), torch.ones(8192, 2), torch.zeros(4000, dtype=torch.int64), backend="torch"
+        )
+    assert (60 << 20) <= sizes[0] <= (64 << 20)
+
+
+def test_offsets_beyond_int32(device):
+    """Three rows, 2^30 elements apart: the last begins at 2^31. Only the pages that hold them are ever touched."""
+    torch.use_deterministic_algorithms(False)  # poisoning would touch all
+    from ibft_kernels.ops._cross_entropy_triton import cross_entropy_triton_
+
+    wide = torch.empty((1 << 31) + 64, dtype=torch.float16, device=device).as_strided((3, 32), (1 << 30, 1))
+    logits = torch.randn(3, 32, device=device).half()
+    wide.copy_(logits)
+    labels, loss = torch.tensor([1, 2, 3], device=device), torch.empty(3, device=device)
+    cross_entropy_triton_(wide, None, labels, loss, -100, False)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none"))
+
+
 def test_the_chunking_changes_rounding_only(backend, device):
     tensors = case(300, 16, 50, device)
     whole = results(linear_cross_entropy, tensors, backend=backend)
@@ -252,6 +290,8 @@ def test_a_small_upstream_gradient_is_not_rounded_to_bf16(backend, device):
     small = results(linear_cross_entropy, tensors, 1.0, ("hidden",), normalizer=3000, backend=backend)["hidden"]
     ratio = (small.double() * 3000).norm() / unit.double().norm()
     truncates = backend == "triton" and device.type == "cpu"  # the interpreter's conversion, up to one unit downwards
+    # 1/3000 lies 0.0024 of itself from the nearest bf16: with a rounded scale the ratio would be off by that
+    assert abs(torch.tensor(1 / 3000).bfloat16().item() * 3000 - 1) > 1e-3
     assert abs(ratio - 1) < (2.0**-8 if truncates else 2e-4)
 
 
@@ -284,10 +324,12 @@ def test_fp32_masters_keep_an_fp32_gradient(backend, device, dtype):
     ("n", "v", "itemsize", "budget", "expected"),
     [
         (1000, 1000, 4, 4_000_000, 1000),  # all fit
-        (1001, 1000, 4, 4_000_000, 512),  # two even chunks, not 960 and a sliver
+        (1001, 1000, 4, 4_000_000, 504),  # two even chunks, not 1000 and a sliver
+        (65, 1000, 4, 64 * 4000, 40),
+        (1025, 1000, 4, 110 * 4000, 104),
         (10, 1000, 4, 1, 1),  # less than a row: one row
         (0, 1000, 4, 4_000_000, 1),
-        (4096, 102_400, 2, 128 << 20, 640),
+        (4096, 102_400, 2, 128 << 20, 592),
     ],
 )
 def test_chunk_rows(n, v, itemsize, budget, expected):
@@ -371,6 +413,10 @@ def test_nothing_of_the_logits_is_saved(backend, device):
     ("changes", "message"),
     [
         ({"hidden": torch.ones(4, 8, dtype=torch.int64)}, "hidden: expected a floating tensor"),
+        (
+            {"weight": torch.ones(10, 8).bfloat16(), "hidden": torch.ones(4, 8).half()},
+            "weight: expected torch.float16 or",
+        ),
         ({"hidden": torch.ones(4, 7)}, r"weight: expected shape \[V, 7\], got \(10, 8\)"),
         ({"weight": torch.ones(8)}, r"weight: expected shape \[V, 8\], got \(8,\)"),
         ({"weight": torch.ones(10, 8).half()}, "weight: expected torch.float32 or a wider dtype, got torch.float16"),
@@ -396,7 +442,10 @@ def test_nothing_of_the_logits_is_saved(backend, device):
         ({"reduction": "none", "weight": torch.ones(10, 8, requires_grad=True)}, "reduction: 'none' makes no gradient"),
     ],
 )
-def test_bad_arguments_are_named(changes, message):
+def test_bad_arguments_are_named_before_any_product(changes, message, monkeypatch):
+    from ibft_kernels.ops import linear_cross_entropy as module
+
+    monkeypatch.setattr(module._Head, "visit", lambda *_: pytest.fail("computed"))
     arguments = {"hidden": torch.ones(4, 8), "weight": torch.ones(10, 8), "labels": torch.arange(4)} | changes
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments)

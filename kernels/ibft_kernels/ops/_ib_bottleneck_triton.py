@@ -180,8 +180,9 @@ def ib_bottleneck_backward_kernel(
 
     if dh_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)
-        w_ptrs = w_ptr + tl.minimum(columns_z, n_latent - 1).to(tl.int64)[:, None] * n_hidden + offs_d[None, :]
-        lv_ptrs = w_ptrs + n_latent.to(tl.int64) * n_hidden
+        rows_z = tl.minimum(columns_z, n_latent - 1)
+        w_ptrs = w_ptr + rows_z.to(tl.int64)[:, None] * n_hidden + offs_d[None, :]
+        lv_ptrs = w_ptr + (rows_z + n_latent).to(tl.int64)[:, None] * n_hidden + offs_d[None, :]
         dh_ptrs = dh_ptr + rows_n[:, None] * stride_dhn + offs_d[None, :]
         # counted in tiles: the compiler then knows that every column offset is a multiple of BLOCK_D, and vectorises
         start = tl.program_id(1) * split_tiles
@@ -212,7 +213,7 @@ def fits_on_chip(device: torch.device, dtype: torch.dtype, n_latent: int) -> boo
 def _settings(spec: Spec, seed: int | torch.Tensor) -> dict[str, Any]:
     seed_ptr, seed_lo, seed_hi = seed_arguments(seed)
     lo, hi = spec.logvar_range or (None, None)
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"  # of fp32 products: torch's own switch
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # of fp32 products
     return {
         "seed_ptr": seed_ptr, "seed_lo": seed_lo, "seed_hi": seed_hi, "LO": lo, "HI": hi, "PRECISION": precision
     }  # fmt: skip

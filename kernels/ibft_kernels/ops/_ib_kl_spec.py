@@ -15,7 +15,10 @@ REDUCTIONS = ("mean", "batchmean", "sum", "none")
 
 @dataclass(frozen=True)
 class Spec:
-    """What is fixed for a call: arithmetic dtype, clamp, reduction, and "triton" or "torch"."""
+    """What is fixed for a call: arithmetic dtype, clamp, reduction, and the implementation.
+
+    backend: "triton" or "torch"; in `ib_bottleneck` one of its routes, "fused", "product" or "torch".
+    """
 
     compute: torch.dtype
     logvar_range: tuple[float, float] | None

@@ -43,7 +43,7 @@ def draw_seed() -> torch.Tensor:
     """63 bits from torch's CPU generator, a CPU tensor [1]: `torch.manual_seed` governs it, no device is synchronised,
     and a compiled graph draws anew in each call.
     """
-    return torch.randint(0, (1 << 63) - 1, (1,), dtype=torch.int64)
+    return torch.randint(0, (1 << 63) - 1, (1,), dtype=torch.int64, device="cpu")
 
 
 def split_seed(seed: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
@@ -97,6 +97,6 @@ def as_normalizer(normalizer: float | torch.Tensor, dtype: torch.dtype, device: 
                 f"got shape {tuple(normalizer.shape)} on {normalizer.device}"
             )
         return normalizer.detach().reshape(1).to(device, dtype)
-    if not (math.isfinite(normalizer) and normalizer >= 0):
+    if not torch.compiler.is_compiling() and not (math.isfinite(normalizer) and normalizer >= 0):
         raise ValueError(f"normalizer: expected a finite number >= 0, got {normalizer}")
     return torch.full((1,), float(normalizer), dtype=dtype, device=device)

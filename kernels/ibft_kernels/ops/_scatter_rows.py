@@ -1,7 +1,8 @@
 """out[rows[m]] = scale[m] src[m], 0 elsewhere: how a gradient made for some rows becomes one for all, and is scaled.
 
-The product is made in fp32 and rounded once. (PyTorch would first round a 0-d scale tensor to the rows' dtype: in bf16
-that puts one common error of up to 0.4 % on a whole gradient.) No autograd formula: a second derivative raises.
+The product is made in fp32 and rounded once. (PyTorch's type promotion takes a 0-d scale on a GPU to the rows' dtype
+first: in bf16 that puts one common error of up to 0.4 % on a whole gradient.) No autograd formula: a second derivative
+raises.
 Legend: M rows given, N rows out, C columns.
 """
 

@@ -17,6 +17,7 @@ Legend: M labelled rows, D hidden size, Z latent size, V vocabulary.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ._rows import FLOATS
 from .linear_cross_entropy import linear_cross_entropy
@@ -30,6 +31,38 @@ def fold_pays(rows: int, hidden_size: int, latent_dim: int, *, gradients: bool =
     if gradients:
         return 2 * D * Z + 3 * rows * Z < 2 * rows * D
     return D * Z + rows * Z < rows * D
+
+
+def check_fold(
+    head_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    head_bias: torch.Tensor | None,
+) -> None:
+    """Raise ValueError (got / expected) unless the up-projection leads into the head."""
+    if head_weight.dim() != 2 or head_weight.dtype not in FLOATS:
+        raise ValueError(f"head_weight: expected [V, D], got {head_weight.dtype} of shape {tuple(head_weight.shape)}")
+    if up_weight.dim() != 2:
+        raise ValueError(f"up_weight: expected [{head_weight.shape[1]}, Z], got {tuple(up_weight.shape)}")
+    for name, tensor, shape in (
+        ("up_weight", up_weight, (head_weight.shape[1], up_weight.shape[1])),
+        ("up_bias", up_bias, head_weight.shape[1:]),
+        ("head_bias", head_bias, head_weight.shape[:1]),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != head_weight.device or tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{name}: expected a floating tensor on {head_weight.device}, got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def up_project(z: torch.Tensor, up_weight: torch.Tensor, up_bias: torch.Tensor | None) -> torch.Tensor:
+    """The direct way: z W_up^T + b_up [..., D] in z's dtype, in an autocast region too."""
+    with torch.autocast(z.device.type, enabled=False):
+        return F.linear(z, up_weight.to(z.dtype), None if up_bias is None else up_bias.to(z.dtype))
 
 
 def fold_head(
@@ -50,23 +83,7 @@ def fold_head(
     Raises:
         ValueError: a wrong shape, dtype or device.
     """
-    if head_weight.dim() != 2 or head_weight.dtype not in FLOATS:
-        raise ValueError(f"head_weight: expected [V, D], got {head_weight.dtype} of shape {tuple(head_weight.shape)}")
-    if up_weight.dim() != 2:
-        raise ValueError(f"up_weight: expected [{head_weight.shape[1]}, Z], got {tuple(up_weight.shape)}")
-    for name, tensor, shape in (
-        ("up_weight", up_weight, (head_weight.shape[1], up_weight.shape[1])),
-        ("up_bias", up_bias, head_weight.shape[1:]),
-        ("head_bias", head_bias, head_weight.shape[:1]),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != head_weight.device or tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"{name}: expected a floating tensor on {head_weight.device}, got {tensor.dtype} on {tensor.device}"
-            )
+    check_fold(head_weight, up_weight, up_bias, head_bias)
     exact = torch.float64 if head_weight.dtype == torch.float64 else torch.float32
     with torch.autocast(head_weight.device.type, enabled=False):  # the dtype is the head's, not a region's
         weight_VZ = head_weight @ up_weight.to(head_weight.dtype)
@@ -97,19 +114,25 @@ class FoldedHead:
         head_bias: torch.Tensor | None = None,
     ) -> None:
         weight_VZ, bias_V = fold_head(head_weight, up_weight, up_bias, head_bias)
-        self._graph = [t for t in (weight_VZ, bias_V) if t is not None]
+        self._graph: list[torch.Tensor] | None = [t for t in (weight_VZ, bias_V) if t is not None]
         self.weight = _leaf(weight_VZ)
         self.bias = None if bias_V is None else _leaf(bias_V)
 
     def backward(self) -> None:
-        """Send what arrived in the leaves' `.grad` through the fold; nothing where nothing arrived. Once a fold."""
+        """Send what arrived in the leaves' `.grad` through the fold; nothing where nothing arrived.
+
+        Raises:
+            RuntimeError: called a second time.
+        """
+        if self._graph is None:
+            raise RuntimeError("this fold's gradients were sent already: make one FoldedHead for each optimizer step")
         leaves = [leaf for leaf in (self.weight, self.bias) if leaf is not None]
         arrived = [
             (made, leaf.grad.to(made.dtype))
             for made, leaf in zip(self._graph, leaves, strict=True)
             if made.requires_grad and leaf.grad is not None
         ]
-        self._graph = []
+        self._graph = None
         if arrived:
             torch.autograd.backward([made for made, _ in arrived], [grad for _, grad in arrived])
 
@@ -153,5 +176,5 @@ def folded_cross_entropy(
     if fold:
         weight, bias = fold_head(head_weight, up_weight, up_bias, head_bias)
         return linear_cross_entropy(z, weight, labels, bias=bias, **options)
-    hidden = torch.nn.functional.linear(z, up_weight.to(z.dtype), None if up_bias is None else up_bias.to(z.dtype))
-    return linear_cross_entropy(hidden, head_weight, labels, bias=head_bias, **options)
+    check_fold(head_weight, up_weight, up_bias, head_bias)
+    return linear_cross_entropy(up_project(z, up_weight, up_bias), head_weight, labels, bias=head_bias, **options)

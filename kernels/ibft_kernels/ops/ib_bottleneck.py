@@ -55,9 +55,7 @@ class Latent(NamedTuple):
 
 
 def _resolve_route(route: str, hidden: torch.Tensor, n_latent: int) -> str:
-    """Which of "torch", "fused" and "product" runs. "auto", of the triton backend, is the launch file's choice."""
-    if route == "auto":
-        route = launch_shape("ib_bottleneck", hidden.device, hidden.dtype)["route"]
+    """Which of "torch", "fused" and "product" runs: the one asked for, where it can."""
     return "product" if route == "fused" and not fits_on_chip(hidden.device, hidden.dtype, n_latent) else route
 
 
@@ -184,6 +182,24 @@ def _(dz, dkl, hidden, weight, mulogvar, *rest):
     return dh_ND, *_fake_gradients(weight, *rest[-2:])
 
 
+def _check_saved(dz, hidden, weight, mulogvar, *, needs_weight: bool) -> None:
+    """The buffer-writing op may be called by hand: nothing is added before all its tensors are seen to fit."""
+    n_rows, n_latent = mulogvar.shape[0], weight.shape[0] // 2
+    expected = {"mulogvar": (mulogvar, (n_rows, 2 * n_latent)), "dz": (dz, (n_rows, n_latent))}
+    expected["hidden"] = (hidden, (n_rows, weight.shape[1]))
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
+            raise ValueError(f"{name}: expected shape {shape} with adjacent columns, got {tuple(tensor.shape)}")
+        if tensor.dtype != mulogvar.dtype or tensor.device != weight.device:
+            raise ValueError(
+                f"{name}: expected {mulogvar.dtype} on {weight.device}, got {tensor.dtype} on {tensor.device}"
+            )
+    if needs_weight and hidden is None:
+        raise ValueError("hidden: expected the encoder's input, which the weight's gradient needs, got None")
+
+
 @library_op(
     "ib_bottleneck_backward_",
     f"(Tensor(a!) dhidden, Tensor? dz, Tensor? dkl, {_SAVED}, {SEED_SCHEMA}, {_SPEC}, bool needs_weight, "
@@ -193,6 +209,7 @@ def _(dz, dkl, hidden, weight, mulogvar, *rest):
 def _ib_bottleneck_backward_into_op(dhidden, dz, dkl, hidden, weight, mulogvar, *settings):
     """Adds hidden's gradient into `dhidden` [N, D]: hidden's dtype or fp32, adjacent columns, rows of any stride."""
     shape = (mulogvar.shape[0], weight.shape[1])
+    _check_saved(dz, hidden, weight, mulogvar, needs_weight=settings[-2])
     if dhidden.shape != shape or dhidden.stride(1) != 1:
         got = f"{tuple(dhidden.shape)}, strides {dhidden.stride()}"
         raise ValueError(f"dhidden: expected shape {shape} with adjacent columns, got {got}")
@@ -276,7 +293,10 @@ def ib_bottleneck_latent(
     stand_in = hidden.detach().new_empty(()).expand(*lead, n_latent)  # mu's shape, dtype and device, in one element
     arguments = check_arguments(stand_in, stand_in, seed, noise_ids, eps, mask, logvar_range, reduction, normalizer)
     resolved = resolve_backend(backend, hidden.device)
-    route = "torch" if resolved == "torch" else "fused" if backend == "triton" else "auto"
+    if resolved == "torch" or backend == "triton":
+        route = "torch" if resolved == "torch" else "fused"
+    else:  # here and not in the op: a search times the op with its autograd
+        route = launch_shape("ib_bottleneck", hidden.device, hidden.dtype)["route"]
     z_NZ, kl, _, mulogvar_N2Z, _ = _ib_bottleneck_op(
         as_rows(hidden), weight, bias, arguments.ids_N3, arguments.eps_NZ, arguments.mask_N, arguments.normalizer,
         *split_seed(arguments.seed), arguments.logvar_range, reduction, route,

@@ -28,7 +28,8 @@ from .._dispatch import resolve_backend
 from .._library import library_op
 from .._workspace import logits_buffer
 from ._cross_entropy_triton import cross_entropy_triton_
-from ._rows import FLOATS, as_normalizer, as_rows
+from ._labelled_rows import inverse_count, labelled_rows
+from ._rows import FLOATS, as_rows
 from ._scatter_rows import scatter_rows
 
 __all__ = ["chunk_rows", "cross_entropies", "linear_cross_entropy"]
@@ -40,17 +41,15 @@ CACHE_BYTES = 1 << 20
 
 
 def chunk_rows(n_rows: int, n_columns: int, itemsize: int, chunk_bytes: int) -> int:
-    """Rows a chunk: what the budget holds, evened out so that the last chunk is no sliver; a multiple of 64 if it can.
+    """Rows a chunk: as few chunks as the budget allows, evened out so that the last is no sliver, in multiples of 8.
 
     At least one row, whatever the budget: a row of logits is the least that a softmax can see.
     """
     most = max(1, chunk_bytes // (n_columns * itemsize))
     if n_rows <= most:
         return max(1, n_rows)
-    if most >= 64:
-        most -= most % 64
     even = -(-n_rows // -(-n_rows // most))
-    return min(most, -(-even // 64) * 64)
+    return min(most, -(-even // 8) * 8)
 
 
 # --- torch path of the visit of one chunk ---------------------------------------------------------
@@ -293,27 +292,17 @@ def linear_cross_entropy(
     if reduction == "none" and torch.is_grad_enabled() and _any_requires_grad(weight, bias):
         raise ValueError("reduction: 'none' makes no gradient for the head; expected a frozen weight and bias")
     found, targets = labelled_rows(hidden, labels, rows, weight.shape[0], ignore_index)
+    inverse = inverse_count(normalizer, targets, ignore_index, accumulator(hidden.dtype))
     (loss,) = cross_entropies(
         [(hidden, weight, bias)], found, targets, ignore_index=ignore_index, summed=reduction != "none",
         chunk_bytes=chunk_bytes, backend=backend,
     )  # fmt: skip
     if reduction == "mean":
-        return loss * inverse_count(normalizer, targets, ignore_index, loss.dtype)
+        return loss * inverse
     if reduction == "none" and rows is None:
         loss = loss if found is None else loss.new_zeros(labels.numel()).index_copy(0, found, loss)
         return loss.view(labels.shape)
     return loss
-
-
-def inverse_count(
-    normalizer: float | torch.Tensor | None, targets: torch.Tensor, ignore_index: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """1 / normalizer, or 1 / labelled rows, 0-d on the targets' device; 0 where nothing is to be counted, not NaN."""
-    if normalizer is None:
-        count = (targets != ignore_index).sum().to(dtype)
-    else:
-        count = as_normalizer(normalizer, dtype, targets.device)[0]
-    return torch.where(count == 0, 0.0, 1.0 / count)
 
 
 Head = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -334,12 +323,11 @@ def cross_entropies(
     rows [M] and targets [M] as `labelled_rows` gives them.
     """
     device = targets.device
-    for i, (hidden, weight, bias) in enumerate(heads):
-        _check_head(hidden, weight, bias, targets, rows, heads[0][0].dtype, f"[{i}]" if i else "")
+    for i, head in enumerate(heads):
+        check_head(head, targets, rows, heads[0][0].dtype, f"[{i}]" if i else "")
+    check_chunk_bytes(chunk_bytes)
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
-    elif chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes: expected 1 or more, got {chunk_bytes}")
     grad = torch.is_grad_enabled()
     outputs = _linear_cross_entropies(
         [as_rows(hidden) for hidden, _, _ in heads],
@@ -352,57 +340,20 @@ def cross_entropies(
     return outputs[::4]
 
 
-def labelled_rows(
-    hidden: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None, n_columns: int, ignore_index: int
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(rows [M], targets [M]): the caller's, or those found in labels [...]; rows None where every row has a label.
-
-    Raises:
-        ValueError: as `linear_cross_entropy`.
-    """
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}")
-    if labels.device != hidden.device:
-        raise ValueError(f"labels: expected device {hidden.device}, got {labels.device}")
-    if rows is None:
-        if labels.shape != hidden.shape[:-1]:
-            raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
-        labels = labels.reshape(-1).contiguous()
-        found = (labels != ignore_index).nonzero().squeeze(1)
-        targets = labels if found.numel() == labels.numel() else labels[found]
-        _check_range(targets, n_columns, ignore_index)
-        return (None if targets is labels else found), targets
-    if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device != hidden.device:
-        raise ValueError(
-            f"rows: expected int64 [M] on {hidden.device}, "
-            f"got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}"
-        )
-    if labels.shape != rows.shape:
-        raise ValueError(f"labels: expected shape {tuple(rows.shape)}, one a row of `rows`, got {tuple(labels.shape)}")
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_range(labels, n_columns, ignore_index)
-        n_rows = hidden.shape[:-1].numel()
-        if rows.numel() and not (rows[0] >= 0 and rows[-1] < n_rows and bool((rows[1:] > rows[:-1]).all())):
-            raise ValueError(f"rows: expected strictly increasing indices in 0 .. {n_rows - 1}, got {_brief(rows)}")
-    return rows.contiguous(), labels.contiguous()
-
-
-def _check_range(targets: torch.Tensor, n_columns: int, ignore_index: int) -> None:
-    counted = targets[targets != ignore_index]
-    if counted.numel() and not (int(counted.min()) >= 0 and int(counted.max()) < n_columns):
-        wrong = counted[(counted < 0) | (counted >= n_columns)]
-        raise ValueError(f"labels: expected 0 .. {n_columns - 1} or ignore_index {ignore_index}, got {int(wrong[0])}")
-
-
-def _brief(rows: torch.Tensor) -> str:
-    return str(rows.tolist() if rows.numel() <= 8 else [*rows[:4].tolist(), "...", *rows[-2:].tolist()])
-
-
 def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check_head(hidden, weight, bias, targets, rows, dtype, which) -> None:
+def check_chunk_bytes(chunk_bytes: int | None) -> None:
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected 1 or more, got {chunk_bytes}")
+
+
+def check_head(
+    head: Head, targets: torch.Tensor, rows: torch.Tensor | None, dtype: torch.dtype, which: str = ""
+) -> None:
+    """Raise ValueError (got / expected) unless the head's tensors fit together; `which` follows their names."""
+    hidden, weight, bias = head
     if hidden.dim() < 1 or hidden.dtype not in FLOATS:
         raise ValueError(
             f"hidden{which}: expected a floating tensor [..., D], got {hidden.dtype} of shape {tuple(hidden.shape)}"
@@ -418,7 +369,7 @@ def _check_head(hidden, weight, bias, targets, rows, dtype, which) -> None:
             continue
         if tensor.device != targets.device:
             raise ValueError(f"{name}{which}: expected device {targets.device}, got {tensor.device}")
-        if tensor.dtype not in FLOATS or tensor.dtype.itemsize < hidden.dtype.itemsize:
+        if tensor.dtype not in FLOATS or torch.promote_types(tensor.dtype, hidden.dtype) != tensor.dtype:
             raise ValueError(f"{name}{which}: expected {hidden.dtype} or a wider dtype, got {tensor.dtype}")
     if rows is None and hidden.shape[:-1].numel() != targets.shape[0]:
         raise ValueError(f"hidden{which}: expected {targets.shape[0]} rows, got {hidden.shape[:-1].numel()}")

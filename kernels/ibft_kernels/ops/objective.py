@@ -15,17 +15,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from .fold import FoldedHead, fold_head, fold_pays
+from ._labelled_rows import inverse_count, labelled_rows
+from ._rows import as_rows
+from .fold import FoldedHead, check_fold, fold_head, fold_pays, up_project
 from .ib_bottleneck import Latent, ib_bottleneck_latent
-from .linear_cross_entropy import cross_entropies, inverse_count, labelled_rows
+from .linear_cross_entropy import accumulator, check_chunk_bytes, check_head, cross_entropies
 
 __all__ = ["Linear", "ObjectiveParts", "ib_objective"]
 
 
 class Linear(NamedTuple):
-    """x W^T + b: weight [out, in], bias [out] or None."""
+    """x W^T + b: weight [out, in], bias [out] or None. A plain pair does as well."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -69,30 +70,40 @@ def ib_objective(
         bottleneck: seed, noise_ids, eps, mask, logvar_range, reduction and `kl_normalizer` of `ib_bottleneck`.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or range, before anything is computed from it.
+        ValueError: a wrong shape, dtype, device or range, before the first product.
         RuntimeError: the triton backend was asked for and cannot run here.
     """
+    # every check before the first product
+    head, encoder = Linear(*head), Linear(*encoder)
     found, targets = labelled_rows(last_hidden, labels, rows, head.weight.shape[0], ignore_index)
+    inverse = inverse_count(normalizer, targets, ignore_index, accumulator(last_hidden.dtype))
+    check_head((last_hidden, *head), targets, found, last_hidden.dtype)
+    check_chunk_bytes(chunk_bytes)
     if tapped.shape[:-1] != last_hidden.shape[:-1]:
         raise ValueError(f"tapped: expected shape [*{tuple(last_hidden.shape[:-1])}, D], got {tuple(tapped.shape)}")
+    if bottleneck.get("reduction") == "none":
+        raise ValueError("reduction: expected 'mean', 'batchmean' or 'sum', got 'none'")
+    if not isinstance(up, FoldedHead):
+        up = Linear(*up)
+        check_fold(head.weight, *up, head.bias)
     latent = ib_bottleneck_latent(
         tapped, *encoder, normalizer=bottleneck.pop("kl_normalizer", None), backend=backend, **bottleneck
     )
-    first, second = last_hidden.flatten(0, -2), latent.z.flatten(0, -2).to(last_hidden.dtype)
-    if isinstance(up, Linear):
-        if fold_pays(targets.shape[0], *up.weight.shape, gradients=torch.is_grad_enabled()):
-            latent_head = Linear(*fold_head(head.weight, *up, head.bias))
-        else:
-            if found is not None:
-                first, second, found = first.index_select(0, found), second.index_select(0, found), None
-            bias = None if up.bias is None else up.bias.to(second.dtype)
-            second, latent_head = F.linear(second, up.weight.to(second.dtype), bias), head
-    else:
+
+    first, second = as_rows(last_hidden), as_rows(latent.z).to(last_hidden.dtype)
+    if isinstance(up, FoldedHead):
         latent_head = Linear(up.weight, up.bias)
-    sums = cross_entropies(
-        [(first, *head), (second, *latent_head)], found, targets,
-        ignore_index=ignore_index, summed=True, chunk_bytes=chunk_bytes, backend=backend,
+    elif fold_pays(targets.shape[0], *up.weight.shape, gradients=torch.is_grad_enabled()):
+        latent_head = Linear(*fold_head(head.weight, *up, head.bias))
+    else:
+        if found is not None:
+            first, second, found = first.index_select(0, found), second.index_select(0, found), None
+        second, latent_head = up_project(second, *up), head
+    ce, ce_z = (
+        total * inverse
+        for total in cross_entropies(
+            [(first, *head), (second, *latent_head)], found, targets,
+            ignore_index=ignore_index, summed=True, chunk_bytes=chunk_bytes, backend=backend,
+        )
     )  # fmt: skip
-    inverse = inverse_count(normalizer, targets, ignore_index, sums[0].dtype)
-    ce, ce_z = (total * inverse for total in sums)
     return ObjectiveParts(ce + alpha * (latent.kl + beta * ce_z), ce, latent.kl, ce_z, latent)
