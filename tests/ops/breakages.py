@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+WORKERS = 2
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parents[1] / "kernels" / "ibft_kernels"
 
@@ -83,19 +84,37 @@ def main(names: list[str]) -> int:
     torch.set_num_threads(1)
 
     chosen = [b for b in BREAKAGES if not names or any(name in b.name for name in names)]
+    jobs = [(None, tests) for tests in sorted({b.tests for b in chosen})] + [(b, b.tests) for b in chosen]
+    workers = []
+    for share in range(WORKERS):
+        worker = os.fork()
+        if worker == 0:
+            os._exit(_work(jobs[share::WORKERS]))
+        workers.append(worker)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
+    print(f"{len(chosen)} breakages, {'all caught' if not any(codes) else 'see above'}")
+    return 1 if any(codes) else 0
+
+
+def _work(jobs: list[tuple[Breakage | None, str]]) -> int:
+    """Exit status of a worker: 1 if any of its jobs came out wrong."""
     wrong = 0
-    for tests in sorted({b.tests for b in chosen}):
-        with tempfile.TemporaryDirectory() as folder:
-            if runs_red(None, tests, Path(folder)):
+    for breakage, tests in jobs:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                red = runs_red(breakage, tests, Path(folder))
+        except (LookupError, RuntimeError) as error:
+            print(f"ERROR     {error}", flush=True)
+            wrong = 1
+            continue
+        if breakage is None:
+            if red:
                 print(f"RED WITHOUT A BREAKAGE  {tests}", flush=True)
-                wrong += 1
-    for breakage in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            red = runs_red(breakage, breakage.tests, Path(folder))
-        print(f"{'caught' if red else 'UNNOTICED':<10}{breakage.name}", flush=True)
-        wrong += not red
-    print(f"{len(chosen)} breakages, {wrong} wrong")
-    return 1 if wrong else 0
+            wrong |= red
+        else:
+            print(f"{'caught' if red else 'UNNOTICED':<10}{breakage.name}", flush=True)
+            wrong |= not red
+    return int(wrong)
 
 
 PHILOX, DROPOUT, KL = "ops/_philox_triton.py", "ops/dropout.py", "ops/_ib_kl_triton.py"
