@@ -118,7 +118,7 @@ def _work(jobs: list[tuple[Breakage | None, str]]) -> int:
 
 
 PHILOX, DROPOUT, KL = "ops/_philox_triton.py", "ops/dropout.py", "ops/_ib_kl_triton.py"
-BOTTLENECK, BOTTLENECK_OP = "ops/_ib_bottleneck_triton.py", "ops/ib_bottleneck.py"
+BOTTLENECK = "ops/_ib_bottleneck_triton.py"
 CE, CE_LOOP, SCATTER = "ops/_cross_entropy_triton.py", "ops/linear_cross_entropy.py", "ops/_scatter_rows.py"
 FOLD, OBJECTIVE, NF4 = "ops/fold.py", "ops/objective.py", "ops/nf4.py"
 

@@ -228,9 +228,10 @@ def test_no_host_synchronisation():
     t = case(400, 64, 16, 50, torch.device("cuda"))
     rows = (t["labels"] != -100).nonzero().squeeze(1)
     t["labels"] = t["labels"][rows]
-    results(ib_objective, t, rows=rows, shared=True)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
+    expected = results(ib_objective, t, rows=rows, shared=True)  # compiles
+    torch.cuda.set_sync_debug_mode("error")  # a synchronisation raises
     try:
-        results(ib_objective, t, rows=rows, shared=True)
+        found = results(ib_objective, t, rows=rows, shared=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found["loss"], expected["loss"])

@@ -162,6 +162,7 @@ def test_the_interpreter_is_never_searched(monkeypatch, no_choice):
     monkeypatch.setenv("IBFT_AUTOTUNE", "1")
     monkeypatch.setattr(tune, "_time_ms", lambda run: pytest.fail("searched"))
     philox_normal(1, torch.zeros(8, 3, dtype=torch.int32), 16, backend="triton")
+    assert not _launch.chosen
 
 
 def out_of_resources() -> Exception:

@@ -477,9 +477,12 @@ def test_no_host_synchronisation():
     rows = (tensors["labels"] != -100).nonzero().squeeze(1)
     tensors["labels"] = tensors["labels"][rows]
     count = torch.tensor(100.0, device="cuda")
-    linear_cross_entropy(**tensors, rows=rows, normalizer=count).backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
+    expected = linear_cross_entropy(**tensors, rows=rows, normalizer=count)
+    expected.backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")  # a synchronisation raises
     try:
-        linear_cross_entropy(**tensors, rows=rows, normalizer=count, chunk_bytes=1000).backward()
+        loss = linear_cross_entropy(**tensors, rows=rows, normalizer=count, chunk_bytes=1000)
+        loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss, expected)
