@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ibft.attention import Segments
 from ibft.data.encode import EncodedData, Sample
 from ibft.data.order import epoch_order, pack
 
@@ -32,6 +33,8 @@ class Batch:
         kl_mask: [B, T] bool, positions that count in the KL term.
         noise_ids: [B, T, 3] int32, (epoch, place of the sample in the epoch's order, position in the sample): the key
             of all per-token randomness. Padding continues the positions of the row's last sample.
+        segments: packed: the samples and each row's padding as segments of the flattened [B * T] tokens; else None, and
+            the attention mask rules.
         num_label_tokens, num_kl_tokens: M, and the True entries of kl_mask.
         num_tokens: real tokens, padding not counted.
     """
@@ -43,6 +46,7 @@ class Batch:
     targets: Tensor
     kl_mask: Tensor
     noise_ids: Tensor
+    segments: Segments | None
     num_label_tokens: int
     num_kl_tokens: int
     num_tokens: int
@@ -50,8 +54,8 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with every tensor on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return Batch(**values | {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})
+        movable = {name: value for name, value in values.items() if isinstance(value, Tensor | Segments)}
+        return Batch(**values | {name: x.to(device, non_blocking=non_blocking) for name, x in movable.items()})
 
 
 def collate(
@@ -97,6 +101,7 @@ def collate(
     noise_ids[..., 0] = epoch
     label_rows: list[Tensor] = []
     targets: list[Tensor] = []
+    segment_lengths: list[int] = []
     for b, row in enumerate(rows):
         start = 0
         for order_index, sample in row:
@@ -109,9 +114,12 @@ def collate(
             noise_ids[b, start:, 2] = torch.arange(T - start)
             label_rows.append(torch.arange(first - 1, n - 1) + (b * T + start))
             targets.append(ids[first:])
+            segment_lengths.append(n)
             start += n
         # Packed padding is a segment of its own; it attends to itself only. Otherwise positions just go on.
         position_ids[b, start:] = torch.arange(T - start) + (0 if packed else start)
+        if start < T:
+            segment_lengths.append(T - start)
 
     real = torch.arange(T) < torch.tensor(lengths)[:, None]
     flat_labels = torch.cat(label_rows)
@@ -129,6 +137,7 @@ def collate(
         targets=torch.cat(targets),
         kl_mask=kl_mask,
         noise_ids=noise_ids,
+        segments=Segments.of(segment_lengths) if packed else None,
         num_label_tokens=len(flat_labels),
         num_kl_tokens=int(kl_mask.sum()),
         num_tokens=sum(lengths),

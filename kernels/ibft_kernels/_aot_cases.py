@@ -108,8 +108,17 @@ def _ib_bottleneck_forward(element: str, shape: dict[str, Any]) -> dict[str, Any
 def _ib_bottleneck_backward(element: str, shape: dict[str, Any]) -> dict[str, Any]:
     return {
         "mulogvar_ptr": element, "dz_ptr": element, "dkl_ptr": "*fp32", "inverse_ptr": "*fp32", "w_ptr": element,
-        "dh_ptr": element, "dmulogvar_ptr": element, "split_tiles": "i32", "stride_dzn": "i32", "stride_dhn": "i32",
-        "ADD": True, **_ib_bottleneck(shape),
+        "g_ptr": element, "dh_ptr": element, "lora_ptr": None, "dlora_ptr": None, "dmulogvar_ptr": element,
+        "n_rank": "i32", "split_tiles": "i32", "stride_dzn": "i32", "stride_gn": "i32", "stride_dhn": "i32",
+        "scaling": "fp32", "BLOCK_R": 16, **_ib_bottleneck(shape),
+    }  # fmt: skip
+
+
+def _ib_lora_backward(element: str, shape: dict[str, Any], rank: int | None = None) -> dict[str, Any]:
+    """With `rank` None, LoRA is as wide as BLOCK_R allows. dlora as split columns have it."""
+    blocks = {} if rank is None else {"BLOCK_R": rank}
+    return _ib_bottleneck_backward(element, shape) | _ib_bottleneck(shape | blocks) | {
+        "lora_ptr": element, "dlora_ptr": "*fp32",
     }  # fmt: skip
 
 
@@ -156,6 +165,15 @@ CASES: dict[str, Case] = {
         "ib_bottleneck_backward",
         lambda element, shape: _ib_bottleneck_backward(element, shape | {"BLOCK_Z": 16}) | {"n_latent": 1},
         wide=False,
+    ),
+    "ib_lora_backward": Case(
+        ib_bottleneck_backward_kernel,
+        "ib_lora_backward_fused",
+        lambda *given: _ib_lora_backward(*given, rank=32),
+        dot=True,
+    ),
+    "ib_lora_backward:widest": Case(
+        ib_bottleneck_backward_kernel, "ib_lora_backward_fused", _ib_lora_backward, dot=True
     ),
     "cross_entropy": Case(cross_entropy_kernel, "cross_entropy", _cross_entropy),
     "cross_entropy:no_bias": Case(

@@ -1,11 +1,13 @@
-"""Kernels and launchers of `ib_bottleneck`'s fused route; the mathematics is in `ib_bottleneck`. They know no autograd.
+"""Kernels and launchers of the fused route of `ib_bottleneck` and `ib_lora_backward`, where the mathematics is. They
+know no autograd.
 
 Forward: a program owns a [BLOCK_N, BLOCK_Z] tile of the latent. It multiplies the hidden rows with the weight's rows
 *interleaved*, mu row j beside logvar row j, so one product gives both; the accumulator's adjacent columns lie in one
 thread, hence splitting them moves nothing. Sample and KL follow on the fp32 accumulator.
 
 Backward: a program owns BLOCK_N rows. It forms dmu and dlogvar once, over all of Z, and walks hidden's columns with
-them on chip. Few rows would leave most of a device idle, so hidden's columns are then split between programs.
+them on chip; each tile of hidden's gradient may meet LoRA's B before it leaves. Few rows would leave most of a device
+idle, so hidden's columns are then split between programs, and each has its part of the product with B.
 
 An optional tensor is a pointer or None, and None removes its code. Lengths are plain arguments.
 """
@@ -118,7 +120,10 @@ def ib_bottleneck_backward_kernel(
     dkl_ptr,  # [N] for reduction "none", [1] otherwise; None: no gradient arrives through kl
     inverse_ptr,  # [1] = 1 / denominator; None for reduction "none"
     w_ptr,
+    g_ptr,  # hidden's gradient from elsewhere, which is added; may be dh. None: nothing
     dh_ptr,  # None: not asked for
+    lora_ptr,  # LoRA's B [D, R] in hidden's dtype, or None
+    dlora_ptr,  # [splits, N, R], a part from each split
     dmulogvar_ptr,  # [N, 2Z], what the weight's gradient needs; None: not asked for
     mask_ptr,
     eps_ptr,
@@ -129,17 +134,20 @@ def ib_bottleneck_backward_kernel(
     n_rows,
     n_latent,
     n_hidden,
+    n_rank,
     split_tiles,  # a program's share of hidden's columns, in BLOCK_D
     stride_dzn,
+    stride_gn,
     stride_dhn,
     stride_epsn,
-    ADD: tl.constexpr,  # to what dh holds
+    scaling,  # LoRA's
     LO: tl.constexpr,
     HI: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Z: tl.constexpr,  # >= Z
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # >= R
 ):
     rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns_z = tl.arange(0, BLOCK_Z)
@@ -184,6 +192,13 @@ def ib_bottleneck_backward_kernel(
         w_ptrs = w_ptr + rows_z.to(tl.int64)[:, None] * n_hidden + offs_d[None, :]
         lv_ptrs = w_ptr + (rows_z + n_latent).to(tl.int64)[:, None] * n_hidden + offs_d[None, :]
         dh_ptrs = dh_ptr + rows_n[:, None] * stride_dhn + offs_d[None, :]
+        if g_ptr is not None:
+            g_ptrs = g_ptr + rows_n[:, None] * stride_gn + offs_d[None, :]
+        if lora_ptr is not None:
+            columns_r = tl.arange(0, BLOCK_R)
+            mask_r = columns_r < n_rank
+            lora_ptrs = lora_ptr + offs_d.to(tl.int64)[:, None] * n_rank + columns_r[None, :]
+            dlora_nr = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
         # counted in tiles: the compiler then knows that every column offset is a multiple of BLOCK_D, and vectorises
         start = tl.program_id(1) * split_tiles
         for tile_d in range(start, tl.minimum(start + split_tiles, tl.cdiv(n_hidden, BLOCK_D))):
@@ -194,20 +209,34 @@ def ib_bottleneck_backward_kernel(
             w_lv_zd = tl.load(lv_ptrs + first_d, mask=mask_d[None, :], other=0.0)
             dh_nd = tl.dot(dmu_nz, w_mu_zd, input_precision=PRECISION)
             dh_nd = tl.dot(dlv_nz, w_lv_zd, dh_nd, input_precision=PRECISION)
-            if ADD:
-                dh_nd += tl.load(dh_ptrs + first_d, mask=mask_nd, other=0.0).to(tl.float32)
+            if g_ptr is not None:
+                dh_nd += tl.load(g_ptrs + first_d, mask=mask_nd, other=0.0).to(tl.float32)
             tl.store(dh_ptrs + first_d, dh_nd.to(dh_ptr.dtype.element_ty), mask=mask_nd)
+            if lora_ptr is not None:
+                mask_dr = mask_d[:, None] & mask_r[None, :]
+                lora_dr = tl.load(lora_ptrs + first_d.to(tl.int64) * n_rank, mask=mask_dr, other=0.0)
+                low_nd = dh_nd.to(lora_ptr.dtype.element_ty)
+                dlora_nr = tl.dot(low_nd, lora_dr, dlora_nr, input_precision=PRECISION)
+        if lora_ptr is not None:
+            split_rows_n = tl.program_id(1).to(tl.int64) * n_rows + rows_n
+            dlora_ptrs = dlora_ptr + split_rows_n[:, None] * n_rank + columns_r[None, :]
+            dlora_nr = (scaling * dlora_nr).to(dlora_ptr.dtype.element_ty)
+            tl.store(dlora_ptrs, dlora_nr, mask=mask_n[:, None] & mask_r[None, :])
 
 
 # --- launchers ------------------------------------------------------------------------------------
 
 
-def fits_on_chip(device: torch.device, dtype: torch.dtype, n_latent: int) -> bool:
+def fits_on_chip(device: torch.device, dtype: torch.dtype, n_latent: int, n_rank: int | None = None) -> bool:
     """Whether the fused route can run: the backward entry's BLOCK_Z is the widest latent whose gradient tiles stay on
-    chip, as the AOT table shows. float64 has no entry.
+    chip, as the AOT table shows, and its BLOCK_R the widest LoRA (n_rank None: no LoRA). float64 has no entry.
     """
-    shape = shapes_of(architecture_of(device)).get(f"ib_bottleneck_backward/{8 * dtype.itemsize}")
-    return shape is not None and n_latent <= shape["BLOCK_Z"]
+    shape = shapes_of(architecture_of(device)).get(f"{_backward_entry(n_rank)}/{8 * dtype.itemsize}")
+    return shape is not None and n_latent <= shape["BLOCK_Z"] and (n_rank or 0) <= shape.get("BLOCK_R", 0)
+
+
+def _backward_entry(n_rank: int | None) -> str:
+    return "ib_bottleneck_backward" if n_rank is None else "ib_lora_backward_fused"
 
 
 def _settings(spec: Spec, seed: int | torch.Tensor) -> dict[str, Any]:
@@ -275,28 +304,41 @@ def backward_fused(
     dkl: torch.Tensor | None,
     dh_ND: torch.Tensor | None,
     *,
-    add: bool,
+    g_ND: torch.Tensor | None,
     keep: bool,
-) -> torch.Tensor | None:
-    """Write hidden's gradient to dh [N, D] (rows of any stride; None: not wanted), or add it to what dh holds.
+    lora_DR: torch.Tensor | None = None,
+    scaling: float = 1.0,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Write hidden's gradient, g added, to dh [N, D] (rows of any stride; None: not wanted). g may be dh itself.
 
-    Returns dmu | dlogvar [N, 2Z] if `keep`: what the weight's gradient needs.
+    Returns dmu | dlogvar [N, 2Z] if `keep`, which the weight's gradient needs, and scaling * dh @ B [N, R] if B is
+    given, contiguous; both in hidden's dtype.
     """
     n_rows, n_latent, n_hidden = mulogvar_N2Z.shape[0], w_2ZD.shape[0] // 2, w_2ZD.shape[1]
-    device, eps_NZ = mulogvar_N2Z.device, spare["eps"]
+    device, dtype, eps_NZ = mulogvar_N2Z.device, mulogvar_N2Z.dtype, spare["eps"]
+    n_rank = None if lora_DR is None else lora_DR.shape[1]
     dmulogvar_N2Z = torch.empty_like(mulogvar_N2Z) if keep else None
     if n_rows == 0 or (dh_ND is None and not keep):
-        return dmulogvar_N2Z
-    shape = launch_shape("ib_bottleneck_backward", device, mulogvar_N2Z.dtype)
-    shape["BLOCK_Z"] = min(shape["BLOCK_Z"], max(16, triton.next_power_of_2(n_latent)))
-    assert n_latent <= shape["BLOCK_Z"]
+        return dmulogvar_N2Z, None if n_rank is None else mulogvar_N2Z.new_empty(n_rows, n_rank)
+    shape = launch_shape(_backward_entry(n_rank), device, dtype)
+    for block, length in (("BLOCK_Z", n_latent), ("BLOCK_R", n_rank or 0)):
+        widest = shape.get(block, 16)
+        shape[block] = min(widest, max(16, triton.next_power_of_2(length)))
+        assert length <= shape[block]
     row_tiles = triton.cdiv(n_rows, shape["BLOCK_N"])
     column_tiles = triton.cdiv(n_hidden, shape["BLOCK_D"])
     splits = 1 if dh_ND is None else _column_splits(row_tiles, column_tiles, device)
+    dlora_SNR = None
+    if n_rank is not None:  # a lone split's part is the whole: rounded as it is stored
+        dlora_SNR = mulogvar_N2Z.new_empty(splits, n_rows, n_rank, dtype=dtype if splits == 1 else torch.float32)
     ib_bottleneck_backward_kernel[(row_tiles, splits)](
-        mulogvar_N2Z, dz_NZ, dkl, spare["inverse"], w_2ZD, dh_ND, dmulogvar_N2Z, spare["mask"], eps_NZ, spare["ids"],
-        n_rows=n_rows, n_latent=n_latent, n_hidden=n_hidden, split_tiles=triton.cdiv(column_tiles, splits),
-        stride_dzn=0 if dz_NZ is None else dz_NZ.stride(0), stride_dhn=0 if dh_ND is None else dh_ND.stride(0),
-        stride_epsn=0 if eps_NZ is None else eps_NZ.stride(0), ADD=add, **_settings(spec, seed), **shape,
+        mulogvar_N2Z, dz_NZ, dkl, spare["inverse"], w_2ZD, g_ND, dh_ND, lora_DR, dlora_SNR, dmulogvar_N2Z,
+        spare["mask"], eps_NZ, spare["ids"],
+        n_rows=n_rows, n_latent=n_latent, n_hidden=n_hidden, n_rank=n_rank or 0, scaling=scaling,
+        split_tiles=triton.cdiv(column_tiles, splits), stride_dzn=0 if dz_NZ is None else dz_NZ.stride(0),
+        stride_gn=0 if g_ND is None else g_ND.stride(0), stride_dhn=0 if dh_ND is None else dh_ND.stride(0),
+        stride_epsn=0 if eps_NZ is None else eps_NZ.stride(0), **_settings(spec, seed), **shape,
     )  # fmt: skip
-    return dmulogvar_N2Z
+    if dlora_SNR is None:
+        return dmulogvar_N2Z, None
+    return dmulogvar_N2Z, dlora_SNR[0] if splits == 1 else dlora_SNR.sum(dim=0).to(dtype)

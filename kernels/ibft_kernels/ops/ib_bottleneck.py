@@ -54,6 +54,14 @@ class Latent(NamedTuple):
 # --- routes ---------------------------------------------------------------------------------------
 
 
+def chosen_route(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The route that a caller's `backend` asks for: "auto" on a device takes what launch/<architecture>.json says."""
+    resolved = resolve_backend(backend, device)
+    if resolved == "torch" or backend == "triton":
+        return "torch" if resolved == "torch" else "fused"
+    return launch_shape("ib_bottleneck", device, dtype)["route"]
+
+
 def _resolve_route(route: str, hidden: torch.Tensor, n_latent: int) -> str:
     """Which of "torch", "fused" and "product" runs: the one asked for, where it can."""
     return "product" if route == "fused" and not fits_on_chip(hidden.device, hidden.dtype, n_latent) else route
@@ -76,6 +84,55 @@ def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
+def latent_gradients(
+    spec: Spec,
+    mulogvar_N2Z: torch.Tensor,
+    seed: int | torch.Tensor,
+    spare: dict[str, torch.Tensor | None],
+    dz_NZ: torch.Tensor | None,
+    dkl: torch.Tensor | None,
+) -> torch.Tensor:
+    """dmu | dlogvar [N, 2Z] by `ib_kl`'s kernels or, on the torch route, its formulas."""
+    mu_NZ, logvar_NZ = mulogvar_N2Z.chunk(2, dim=1)
+    pair_N2Z = torch.empty_like(mulogvar_N2Z)
+    both, halves = (True, True), pair_N2Z.chunk(2, dim=1)
+    if spec.backend == "product":
+        backward_triton(spec, mu_NZ, logvar_NZ, seed, spare, dz_NZ, dkl, both, halves)
+    else:
+        grads = _backward_torch(spec, mu_NZ, logvar_NZ, spare["eps"], spare, dz_NZ, dkl, both)
+        for half_NZ, grad_NZ in zip(halves, grads, strict=True):
+            half_NZ.copy_(grad_NZ)
+    return pair_N2Z
+
+
+def write_hidden_gradient(
+    dh_ND: torch.Tensor, g_ND: torch.Tensor | None, pair_N2Z: torch.Tensor, w_2ZD: torch.Tensor
+) -> None:
+    """dh = g + [dmu | dlogvar] W by the library's products; g may be dh itself, and None is nothing."""
+    if g_ND is None:
+        torch.mm(pair_N2Z, w_2ZD, out=dh_ND)
+    elif dh_ND.dtype == pair_N2Z.dtype:
+        torch.addmm(g_ND, pair_N2Z, w_2ZD, out=dh_ND)
+    else:
+        torch.add(g_ND, _product(pair_N2Z, w_2ZD, dh_ND.dtype), out=dh_ND)
+
+
+def encoder_gradients(
+    pair_N2Z: torch.Tensor | None, h_ND: torch.Tensor | None, w_2ZD: torch.Tensor, needs_weight: bool, needs_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dW, db) in the weight's dtype, each empty if not needed."""
+    dw_2ZD, db_2Z = w_2ZD.new_empty(0), w_2ZD.new_empty(0)
+    if needs_weight:
+        assert pair_N2Z is not None
+        assert h_ND is not None
+        dw_2ZD = _product(pair_N2Z.t(), h_ND, w_2ZD.dtype)
+    if needs_bias:
+        assert pair_N2Z is not None
+        compute = torch.promote_types(pair_N2Z.dtype, torch.float32)
+        db_2Z = pair_N2Z.sum(dim=0, dtype=compute).to(w_2ZD.dtype)
+    return dw_2ZD, db_2Z
+
+
 def _gradients(
     dh_ND, dz_NZ, dkl, h_ND, w_2ZD, mulogvar_N2Z, inverse, noise_ids, eps, mask, seed_tensor, seed,
     logvar_range, reduction, route, needs_weight, needs_bias, *, add,
@@ -87,26 +144,13 @@ def _gradients(
     w_low = w_2ZD.to(dtype).contiguous()
     if spec.backend == "fused":
         keep = needs_weight or needs_bias
-        pair_N2Z = backward_fused(spec, mulogvar_N2Z, w_low, key, spare, dz_NZ, dkl, dh_ND, add=add, keep=keep)
+        g_ND = dh_ND if add else None
+        pair_N2Z, _ = backward_fused(spec, mulogvar_N2Z, w_low, key, spare, dz_NZ, dkl, dh_ND, g_ND=g_ND, keep=keep)
     else:
-        mu_NZ, logvar_NZ = mulogvar_N2Z.chunk(2, dim=1)
-        pair_N2Z = torch.empty_like(mulogvar_N2Z)
-        both, halves = (True, True), pair_N2Z.chunk(2, dim=1)
-        if spec.backend == "product":
-            backward_triton(spec, mu_NZ, logvar_NZ, key, spare, dz_NZ, dkl, both, halves)
-        else:
-            grads = _backward_torch(spec, mu_NZ, logvar_NZ, eps, spare, dz_NZ, dkl, both)
-            for half_NZ, grad_NZ in zip(halves, grads, strict=True):
-                half_NZ.copy_(grad_NZ)
-        if dh_ND is not None and not add:
-            torch.mm(pair_N2Z, w_low, out=dh_ND)
-        elif dh_ND is not None and dh_ND.dtype == dtype:
-            dh_ND.addmm_(pair_N2Z, w_low)
-        elif dh_ND is not None:
-            dh_ND.add_(_product(pair_N2Z, w_low, dh_ND.dtype))
-    dw_2ZD = _product(pair_N2Z.t(), h_ND, w_2ZD.dtype) if needs_weight else w_2ZD.new_empty(0)
-    db_2Z = pair_N2Z.sum(dim=0, dtype=spec.compute).to(w_2ZD.dtype) if needs_bias else w_2ZD.new_empty(0)
-    return dw_2ZD, db_2Z
+        pair_N2Z = latent_gradients(spec, mulogvar_N2Z, key, spare, dz_NZ, dkl)
+        if dh_ND is not None:
+            write_hidden_gradient(dh_ND, dh_ND if add else None, pair_N2Z, w_low)
+    return encoder_gradients(pair_N2Z, h_ND, w_2ZD, needs_weight, needs_bias)
 
 
 # --- library and autograd -------------------------------------------------------------------------
@@ -292,11 +336,7 @@ def ib_bottleneck_latent(
     lead, n_latent = hidden.shape[:-1], weight.shape[0] // 2
     stand_in = hidden.detach().new_empty(()).expand(*lead, n_latent)  # mu's shape, dtype and device, in one element
     arguments = check_arguments(stand_in, stand_in, seed, noise_ids, eps, mask, logvar_range, reduction, normalizer)
-    resolved = resolve_backend(backend, hidden.device)
-    if resolved == "torch" or backend == "triton":
-        route = "torch" if resolved == "torch" else "fused"
-    else:  # here and not in the op: a search times the op with its autograd
-        route = launch_shape("ib_bottleneck", hidden.device, hidden.dtype)["route"]
+    route = chosen_route(backend, hidden.device, hidden.dtype)  # not in the op: a search times it with its autograd
     z_NZ, kl, _, mulogvar_N2Z, _ = _ib_bottleneck_op(
         as_rows(hidden), weight, bias, arguments.ids_N3, arguments.eps_NZ, arguments.mask_N, arguments.normalizer,
         *split_seed(arguments.seed), arguments.logvar_range, reduction, route,

@@ -8,6 +8,7 @@ from .dropout import philox_dropout
 from .ib_bottleneck import ib_bottleneck
 from .ib_kl import ib_kl_loss
 from .linear_cross_entropy import fold_head, folded_cross_entropy, linear_cross_entropy
+from .lora import ib_lora_mlp, lora_linear, lora_mlp, lora_qkv
 from .nf4 import nf4_dequantize
 from .objective import ib_objective
 from .philox import noise_key, philox_normal
@@ -17,8 +18,12 @@ __all__ = [
     "folded_cross_entropy",
     "ib_bottleneck",
     "ib_kl_loss",
+    "ib_lora_mlp",
     "ib_objective",
     "linear_cross_entropy",
+    "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
     "nf4_dequantize",
     "noise_key",
     "philox_dropout",
