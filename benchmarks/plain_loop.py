@@ -61,30 +61,24 @@ class PlainLoop:
     """Model, heads, optimizer and `train_step`.
 
     Args:
-        base: a causal LM with Linear4bit layers, from `load_base` or `random_base.as_linear4bit`.
-        config: read for LoRA's, the bottleneck's and the optimizer's settings; layer: tapped block, None = alpha 0.
-        dtype: of the products: fp32, or bf16 under autocast.
+        model: a causal LM with LoRA, from `add_lora`. config: read for the bottleneck's and the optimizer's settings.
+        layer: tapped block, None = plain fine-tuning. dtype: of the products: fp32, or bf16 under autocast.
     """
 
-    def __init__(self, base: nn.Module, config: Config, layer: int | None, *, dtype: torch.dtype) -> None:
-        from peft import LoraConfig, get_peft_model
+    def __init__(self, model: nn.Module, config: Config, layer: int | None, *, dtype: torch.dtype) -> None:
         from transformers import get_cosine_schedule_with_warmup
 
-        lora, train = config.lora, config.train
-        self.config, self.layer, self.dtype = config, layer, dtype
-        self.device = base.lm_head.weight.device
-        if train.gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        settings = LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
-            bias="none", task_type="CAUSAL_LM",
-        )  # fmt: skip
-        self.model = get_peft_model(base, settings)
-        D, Z = base.config.hidden_size, config.ib.latent_dim
-        with torch.device(self.device):
-            self.heads = nn.ModuleDict({"mu": nn.Linear(D, Z), "logvar": nn.Linear(D, Z), "up": nn.Linear(Z, D)})
-        self.lora = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.parameters = [*self.lora, *(self.heads.parameters() if layer is not None else ())]
+        train = config.train
+        self.model, self.config, self.layer, self.dtype = model, config, layer, dtype
+        self.device = model.get_base_model().lm_head.weight.device
+        self.heads: nn.ModuleDict | None = None
+        self.lora = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = [*self.lora]
+        if layer is not None:
+            D, Z = model.config.hidden_size, config.ib.latent_dim
+            with torch.device(self.device):
+                self.heads = nn.ModuleDict({"mu": nn.Linear(D, Z), "logvar": nn.Linear(D, Z), "up": nn.Linear(Z, D)})
+            self.parameters += self.heads.parameters()
         common: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
         if train.optim == "adamw_torch_fused":
             self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **common)
@@ -113,10 +107,11 @@ class PlainLoop:
     def losses(self, batch: PlainBatch, eps: torch.Tensor | None = None) -> Losses:
         """The objective of one micro-batch; eps [B, T, Z] instead of a draw from torch's generator."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.model(**batch.inputs, use_cache=False, output_hidden_states=self.layer is not None)
-            ce = cross_entropy(output.logits, batch.labels)
-            if self.layer is None:
+            if self.heads is None:
+                ce = self.model(**batch.inputs, labels=batch.labels, use_cache=False).loss
                 return Losses(ce, ce)
+            output = self.model(**batch.inputs, use_cache=False, output_hidden_states=True)
+            ce = cross_entropy(output.logits, batch.labels)
             tapped = output.hidden_states[self.layer]
             mu = self.heads["mu"](tapped)
             logvar = torch.clamp(self.heads["logvar"](tapped), -4, 4)
@@ -131,6 +126,20 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """In fp32 over logits [B, T, V] at every position, labels [B, T] shifted here: as transformers' own loss does."""
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     return F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten())
+
+
+def add_lora(base: nn.Module, config: Config) -> nn.Module:
+    """PEFT's LoRA on a base with Linear4bit layers, from `load_base` or `random_base.as_linear4bit`."""
+    from peft import LoraConfig, get_peft_model
+
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lora = config.lora
+    settings = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
+        bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(base, settings)
 
 
 def load_base(name_or_path: str, *, dtype: torch.dtype, device: torch.device) -> nn.Module:

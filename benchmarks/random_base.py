@@ -126,20 +126,32 @@ def _dense(parameter: torch.Tensor, generator: torch.Generator, dtype: torch.dty
     return value if parameter.dim() == 1 else value.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
 
 
-def as_linear4bit(model: Any) -> Any:
-    """Replace, in place, every `NF4Linear` by bitsandbytes' own `Linear4bit` over the same bytes: `adopt_linear4bit`
-    undone, for the baseline."""
+def as_linear4bit(model: Any, dtype: torch.dtype) -> Any:
+    """Replace, in place, every `NF4Linear` by bitsandbytes' own `Linear4bit` over the same bytes, for products in
+    `dtype`: `adopt_linear4bit` undone, for the baseline."""
     from plain_loop import keep_weights_unpacked
 
-    _replace(model, NF4Linear, _linear4bit)
+    _replace(model, NF4Linear, lambda layer: _linear4bit(layer, dtype))
     model.is_loaded_in_4bit = True  # PEFT asks for it before it takes its own 4-bit LoRA layer
     return keep_weights_unpacked(model)
 
 
-def _linear4bit(layer: NF4Linear) -> nn.Module:
+def save_4bit(model: Any, folder: str) -> None:
+    """Write a model of `as_linear4bit` as the 4-bit checkpoint that transformers loads."""
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=model.dtype
+    )
+    model.config.quantization_config = settings
+    model.hf_quantizer = AutoHfQuantizer.from_config(settings)
+    model.save_pretrained(folder)
+
+
+def _linear4bit(layer: NF4Linear, dtype: torch.dtype) -> nn.Module:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit, Params4bit
-
 
     state = QuantState(
         absmax=layer.absmax,

@@ -109,6 +109,8 @@ class TrainConfig(Section):
     """Gradient clipping; 0: none."""
     clip_mode: Literal["joint", "per_group"] = "joint"
     """joint: one norm over everything; per_group: LoRA and bottleneck clipped apart."""
+    fused_kernels: bool = True
+    """Fused attention, MLP, norms and tap; false: transformers' and PEFT's own modules, for comparison."""
     gradient_checkpointing: bool = True
     mixed_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where a GPU has it, else fp16; fp32 on a CPU. (accelerate's `no` is fp32.)"""

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ibft.config import Config
+from ibft.context import BatchContext, LatentRequest
 from ibft.data.collate import Batch, num_steps_per_epoch, steps_of_epoch
 from ibft.data.encode import EncodedData
 from ibft.errors import NonFiniteError
+from ibft.fused import Fused
 from ibft.memory import peak_memory_mib
-from ibft.noise import Z_STREAM, NoiseContext
+from ibft.noise import Z_STREAM
 from ibft.objective import IBObjective, LossParts
 from ibft.optim import Groups, clip_gradients, gradient_norms
 from ibft.tap import HiddenTap, decoder_of
-from ibft_kernels import FoldedHead
+from ibft_kernels import FoldedHead, Latent
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,7 +47,8 @@ class Trainer:
     model: "PeftModel"
     objective: IBObjective
     tap: HiddenTap | None  # None with alpha = 0
-    noise: NoiseContext
+    context: BatchContext
+    fused: Fused
     groups: Groups
     optimizer: Any
     scheduler: Any
@@ -126,30 +129,47 @@ class Trainer:
         with self.accelerator.autocast():
             fold = self.objective.fold(self.lm_head, label_tokens)
         total: LossParts | None = None
-        for batch in micro_batches:
-            batch = batch.to(self.accelerator.device, non_blocking=True)
-            parts = self.forward(batch, label_tokens, kl_tokens, fold, collect)
-            self.accelerator.backward(parts.loss)
-            total = parts.detached() if total is None else total + parts.detached()
+        with self.fused.held():
+            for batch in micro_batches:
+                batch = batch.to(self.accelerator.device, non_blocking=True)
+                request = self.request(batch, kl_tokens)
+                with self.context.batch(batch.noise_ids, batch.segments, request):
+                    parts = self.forward(batch, label_tokens, kl_tokens, fold, collect)
+                    self.accelerator.backward(parts.loss)
+                total = parts.detached() if total is None else total + parts.detached()
         if fold is not None:
             fold.backward()
         self.accelerator.unscale_gradients()
         assert total is not None
         return total
 
+    def request(self, batch: Batch, kl_tokens: int) -> LatentRequest | None:
+        """What the tapped block is asked for, where it is fused with the bottleneck."""
+        if not self.fused.taps_fused:
+            return None
+        return self.objective.request(
+            kl_mask=batch.kl_mask,
+            seed=self.context.key(Z_STREAM),
+            noise_ids=batch.noise_ids,
+            kl_normalizer=kl_tokens,
+        )
+
     def forward(
         self, batch: Batch, label_tokens: int, kl_tokens: int, fold: FoldedHead | None = None, collect: bool = False
     ) -> LossParts:
-        """One micro-batch's share of the step's loss."""
-        self.noise.noise_ids = batch.noise_ids
+        """One micro-batch's share of the step's loss; inside `context.batch`."""
         with self.accelerator.autocast():
-            if self.tap is None:
-                last, tapped = self.last_hidden(batch), None
-            else:
+            tapped: torch.Tensor | Latent | None = None
+            if self.context.request is not None:
+                last = self.last_hidden(batch)
+                tapped = self.context.request.latent
+            elif self.tap is not None:
                 with self.tap:
                     last = self.last_hidden(batch)
                 tapped = self.tap.hidden
                 self.tap.release()
+            else:
+                last = self.last_hidden(batch)
             return self.objective(
                 last,
                 tapped,
@@ -157,7 +177,7 @@ class Trainer:
                 label_rows=batch.label_rows,
                 targets=batch.targets,
                 kl_mask=batch.kl_mask,
-                seed=self.noise.key(Z_STREAM),
+                seed=self.context.key(Z_STREAM),
                 noise_ids=batch.noise_ids,
                 label_normalizer=label_tokens,
                 kl_normalizer=kl_tokens,
@@ -173,10 +193,14 @@ class Trainer:
 
     def last_hidden(self, batch: Batch) -> torch.Tensor:
         """[B, T, D] after the final norm. Without logits: only labelled rows need them."""
+        mask = batch.attention_mask
+        if batch.segments is not None and self.fused.packs:
+            # attention goes by segments; a mask of four dimensions keeps transformers from making its own
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
         output = decoder_of(self.model)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=mask,
             use_cache=False,
         )
         hidden: torch.Tensor = output.last_hidden_state
@@ -192,7 +216,7 @@ class Trainer:
         plain = IBObjective(None, alpha=0.0)
         for (batch,) in self.batches(self.eval_data, epoch=0, evaluation=True):
             batch = batch.to(self.accelerator.device, non_blocking=True)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.context.batch(batch.noise_ids, batch.segments):
                 last = self.last_hidden(batch)
                 total += plain(
                     last, None, self.lm_head, label_rows=batch.label_rows, targets=batch.targets, label_normalizer=1

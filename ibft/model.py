@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ibft.config import BUNDLED, LoraConfig, ModelConfig
+from ibft.context import BatchContext
 from ibft.errors import ConfigError, SetupError
 from ibft.nf4 import adopt_linear4bit
-from ibft.noise import NoiseContext, SampleDropout, dropout_stream
+from ibft.noise import SampleDropout, dropout_stream
 from ibft.tap import decoder_of
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) 
     return model
 
 
-def add_lora(model: "PreTrainedModel", config: LoraConfig, *, noise: NoiseContext) -> "PeftModel":
+def add_lora(model: "PreTrainedModel", config: LoraConfig, *, context: BatchContext) -> "PeftModel":
     """Trainable LoRA (fp32 masters) on the chosen projections, its dropout keyed by the sample.
 
     Initialised from torch's CPU generator, seeded with the run's seed, so that it is the same on every device.
@@ -118,7 +119,7 @@ def add_lora(model: "PreTrainedModel", config: LoraConfig, *, noise: NoiseContex
         bias="none",
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(noise.seed)
+    torch.manual_seed(context.seed)
     wrapped = get_peft_model(model, settings, adapter_name=ADAPTER)
     assert isinstance(wrapped, nn.Module)
     for index, layer in enumerate(decoder_of(wrapped).layers):  # type: ignore[arg-type]
@@ -126,7 +127,7 @@ def add_lora(model: "PreTrainedModel", config: LoraConfig, *, noise: NoiseContex
             if isinstance(module, LoraLayer):
                 if config.dropout > 0:
                     stream = dropout_stream(index, name.rpartition(".")[2])
-                    module.lora_dropout[ADAPTER] = SampleDropout(config.dropout, noise, stream)
+                    module.lora_dropout[ADAPTER] = SampleDropout(config.dropout, context, stream)
                 # autocast casts where a product needs it; PEFT's own cast would first blow x up to fp32
                 module.cast_input_dtype_enabled = False
     return wrapped  # type: ignore[return-value]

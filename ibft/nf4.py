@@ -91,6 +91,11 @@ class NF4Linear(nn.Linear):
         packed, state = quantize_4bit(weight.detach(), compress_statistics=True, quant_type="nf4")
         return cls(packed, state, bias)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), of the weight that the bytes stand for."""
+        return self.out_features, self.in_features
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in] in `dtype`. On a CUDA device it lies in a buffer that the next layer's overwrites:
         enqueue what reads it on the current stream before anything is dequantised again there, or clone it.
@@ -102,7 +107,7 @@ class NF4Linear(nn.Linear):
         assert self.nested_absmax.dtype == torch.float32, "the quantisation state must stay in fp32"
         state = QuantState(
             absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
+            shape=torch.Size(self.shape),
             code=self.code,
             blocksize=self.blocksize,
             quant_type="nf4",
@@ -115,11 +120,10 @@ class NF4Linear(nn.Linear):
         return dequantize_4bit(self.weight.data, state)
 
     def _dequantize_into_buffer(self, dtype: torch.dtype) -> torch.Tensor:
-        shape = self.out_features, self.in_features
         return nf4_dequantize(
             self.weight.detach(), self.absmax, self.code, self.offset, self.nested_absmax, self.nested_code,
-            shape=shape, dtype=dtype, blocksize=self.blocksize, nested_blocksize=self.nested_blocksize,
-            out=_buffer(math.prod(shape), dtype, self.weight.device),
+            shape=self.shape, dtype=dtype, blocksize=self.blocksize, nested_blocksize=self.nested_blocksize,
+            out=_buffer(math.prod(self.shape), dtype, self.weight.device),
         )  # fmt: skip
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ micro-batch size, accumulation, packing, rank or resume.
 import torch
 from torch import nn
 
-from ibft_kernels import noise_key, philox_dropout
+from ibft.context import BatchContext
+from ibft_kernels import Dropout, philox_dropout
 
 Z_STREAM = 0
 
@@ -22,36 +23,27 @@ def dropout_stream(layer: int, projection: str) -> int:
     return 1 + INPUTS_PER_LAYER * layer + _INPUT_OF[projection]
 
 
-class NoiseContext:
-    """Where the modules of a model find the noise ids of the micro-batch under way.
+class SampleDropout(nn.Module):
+    """LoRA dropout with a Philox mask keyed by the sample; the identity in evaluation mode.
 
-    The trainer sets `noise_ids` [B, T, 3] int32 before each forward; it must stay until that micro-batch's backward has
-    ended, because gradient checkpointing runs the forward again.
+    The module drops for PEFT's own forward; the fused layers ask it for `settings`.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.noise_ids: torch.Tensor | None = None
-
-    def key(self, stream: int) -> int:
-        return noise_key(self.seed, stream)
-
-
-class SampleDropout(nn.Module):
-    """LoRA dropout with a Philox mask keyed by the sample; the identity in evaluation mode."""
-
-    def __init__(self, p: float, context: NoiseContext, stream: int) -> None:
+    def __init__(self, p: float, context: BatchContext, stream: int) -> None:
         super().__init__()
         self.p, self.context, self.stream = p, context, stream
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def settings(self) -> Dropout | None:
+        """p, key and noise ids of the micro-batch under way; None in evaluation mode."""
         if not self.training:
-            return x
+            return None
         if self.context.noise_ids is None:
-            raise RuntimeError(
-                "dropout needs the micro-batch's noise ids: set NoiseContext.noise_ids before the forward"
-            )
-        return philox_dropout(x, self.p, seed=self.context.key(self.stream), noise_ids=self.context.noise_ids)
+            raise RuntimeError("dropout needs the micro-batch's noise ids: run the forward inside BatchContext.batch")
+        return Dropout(self.p, self.context.key(self.stream), self.context.noise_ids)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        settings = self.settings()
+        return x if settings is None else philox_dropout(x, self.p, seed=settings.seed, noise_ids=settings.noise_ids)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, stream={self.stream}"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ibft.bottleneck import LOGVAR_RANGE, InformationBottleneck, autocast_dtype
+from ibft.context import LatentRequest
 from ibft_kernels import FoldedHead, Latent, Linear, fold_pays, ib_objective, linear_cross_entropy
 
 ACTIVE_DIM_NATS = 0.01  # a latent dimension is in use if its mean KL exceeds this
@@ -113,10 +114,32 @@ class IBObjective(nn.Module):
         head, up = _head(lm_head), self.bottleneck.up
         return FoldedHead(head.weight, up.weight, up.bias, head.bias)
 
+    def request(
+        self,
+        *,
+        kl_mask: torch.Tensor | None,
+        seed: int | torch.Tensor,
+        noise_ids: torch.Tensor,
+        kl_normalizer: int | float | torch.Tensor,
+    ) -> LatentRequest | None:
+        """The order to a fused tapped block, for which `forward` then takes the latent; arguments as there. None
+        without a bottleneck, or where its encoder is more than one layer.
+        """
+        if self.bottleneck is None or not isinstance(self.bottleneck.encoder, nn.Linear):
+            return None
+        encoder = self.bottleneck.encoder
+        return LatentRequest(
+            Linear(encoder.weight, encoder.bias),
+            {
+                "seed": seed, "noise_ids": noise_ids, "mask": kl_mask, "logvar_range": LOGVAR_RANGE,
+                "reduction": self.kl_reduction, "normalizer": kl_normalizer,
+            },
+        )  # fmt: skip
+
     def forward(
         self,
         last_hidden: torch.Tensor,
-        tapped: torch.Tensor | None,
+        tapped: torch.Tensor | Latent | None,
         lm_head: nn.Module,
         *,
         labels: torch.Tensor | None = None,
@@ -134,8 +157,8 @@ class IBObjective(nn.Module):
         """The loss of one micro-batch.
 
         Args:
-            last_hidden: [B, T, D] after the final norm. tapped: [B, T, D] hidden_states[layer]; None without
-            bottleneck. lm_head: an `nn.Linear`, frozen or not. labels: [B, T] as Hugging Face has them; or
+            last_hidden: [B, T, D] after the final norm. tapped: [B, T, D] hidden_states[layer], or the latent that
+            a fused block made of them; None without bottleneck. lm_head: an `nn.Linear`, frozen or not. labels: [B, T] as Hugging Face has them; or
             `label_rows` [M] (flat b*T+t, increasing) with `targets` [M], already shifted. kl_mask: [B, T] bool, the
             tokens of the KL; None for all positions. seed, noise_ids, eps: of the noise, as in `ib_kl_loss`.
             label_normalizer: label tokens of the *whole optimizer step*, so that accumulation is exact; default M.
@@ -165,7 +188,7 @@ class IBObjective(nn.Module):
         encoder, up = self.bottleneck.encoder_head, self.bottleneck.up
         parts = ib_objective(
             last_hidden,
-            self.bottleneck.features(tapped),
+            tapped if isinstance(tapped, Latent) else self.bottleneck.features(tapped),
             targets,
             rows=label_rows,
             head=head,

@@ -163,18 +163,26 @@ def build_trainer(
 ) -> tuple["Trainer", list[str]]:
     """Load the base, attach LoRA and bottleneck, make the optimizer; also notices for the user."""
     from ibft.bottleneck import InformationBottleneck
+    from ibft.context import BatchContext
+    from ibft.fused import Fused, fuse
     from ibft.loop import Trainer, count_steps
     from ibft.model import add_lora, load_base, lora_parameters, pad_id_of
-    from ibft.noise import NoiseContext
     from ibft.objective import IBObjective
     from ibft.optim import Groups, make_optimizer, make_scheduler
+    from ibft.recompute import set_recompute
     from ibft.tap import HiddenTap
 
-    noise = NoiseContext(config.runtime.seed)
+    context = BatchContext(config.runtime.seed)
     base = load_base(config.model, dtype=dtype, device=accelerator.device)
-    model = add_lora(base, config.lora, noise=noise)
-    if config.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = add_lora(base, config.lora, context=context)
+    one_layer_encoder = layer if config.ib.encoder == "linear" else None
+    layers = base.config.num_hidden_layers
+    fused = (
+        fuse(model, context, tapped_layer=one_layer_encoder)
+        if config.train.fused_kernels
+        else Fused(mlps=[None] * layers, packs=False)
+    )
+    set_recompute(model, fused, ["full" if config.train.gradient_checkpointing else "none"] * layers)
     groups: Groups = {"lora": lora_parameters(model)}
     bottleneck, tap = None, None
     if layer is not None:
@@ -197,7 +205,8 @@ def build_trainer(
         model=model,
         objective=objective,
         tap=tap,
-        noise=noise,
+        context=context,
+        fused=fused,
         groups=groups,
         optimizer=accelerator.prepare(optimizer),
         scheduler=scheduler,
@@ -207,7 +216,7 @@ def build_trainer(
         pad_id=pad_id_of(tokenizer),
         total_steps=total_steps,
     )
-    return trainer, notices
+    return trainer, [*fused.notices(), *notices]
 
 
 def is_local(path: str | None) -> bool:

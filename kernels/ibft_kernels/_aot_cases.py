@@ -13,11 +13,13 @@ from typing import Any
 from ._launch import tile_blocks
 from ._triton import tl
 from .ops._cross_entropy_triton import cross_entropy_kernel, scatter_rows_kernel
-from .ops._ib_bottleneck_triton import ib_bottleneck_backward_kernel, ib_bottleneck_forward_kernel
+from .ops._ib_bottleneck_triton import ib_bottleneck_backward_kernel, ib_bottleneck_forward_kernel, rank_block
 from .ops._ib_kl_triton import ib_kl_backward_kernel, ib_kl_forward_kernel, ib_kl_reduce_kernel
 from .ops._philox_triton import philox_kernel
 from .ops.dropout import dropout_kernel
 from .ops.nf4 import EXACT, nf4_dequantize_kernel
+from .ops.rms_norm import WIDEST, rms_norm_backward_kernel, rms_norm_forward_kernel, row_blocks
+from .ops.swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 
 __all__ = ["CASES", "DTYPES", "Case"]
 
@@ -42,7 +44,8 @@ class Case:
     dtypes: tuple[str, ...] = DTYPES
     dot: bool = False
     wide: bool = True
-    options: dict[str, Any] = field(default_factory=dict)  # launch options beside the shape's
+    # launch options beside the shape's, or what makes them of it
+    options: dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]] = field(default_factory=dict)
 
 
 def _philox(element: str, shape: dict[str, Any]) -> dict[str, Any]:
@@ -114,12 +117,10 @@ def _ib_bottleneck_backward(element: str, shape: dict[str, Any]) -> dict[str, An
     }  # fmt: skip
 
 
-def _ib_lora_backward(element: str, shape: dict[str, Any], rank: int | None = None) -> dict[str, Any]:
-    """With `rank` None, LoRA is as wide as BLOCK_R allows. dlora as split columns have it."""
-    blocks = {} if rank is None else {"BLOCK_R": rank}
-    return _ib_bottleneck_backward(element, shape) | _ib_bottleneck(shape | blocks) | {
-        "lora_ptr": element, "dlora_ptr": "*fp32",
-    }  # fmt: skip
+def _ib_lora_backward(element: str, shape: dict[str, Any], rank: int = 32) -> dict[str, Any]:
+    """dlora as split columns have it."""
+    given = {"lora_ptr": element, "dlora_ptr": "*fp32", "BLOCK_R": rank_block(shape, rank)}
+    return _ib_bottleneck_backward(element, shape) | given
 
 
 def _cross_entropy(element: str, shape: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +147,45 @@ def _nf4_dequantize(element: str, shape: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _row_blocks(shape: dict[str, Any], columns: int) -> dict[str, Any]:
+    return {name: size for name, size in row_blocks(shape, columns).items() if name.startswith("BLOCK")}
+
+
+def _row_warps(columns: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda shape: {"num_warps": row_blocks(shape, columns)["num_warps"]}
+
+
+def _rms_norm_forward(element: str, shape: dict[str, Any], columns: int = HIDDEN) -> dict[str, Any]:
+    return {
+        "x_ptr": element, "residual_ptr": element, "weight_ptr": element, "y_ptr": element, "h_ptr": element,
+        "rstd_ptr": "*fp32", **SIZES, "stride_xn": "i32", "stride_rn": "i32", "COMPUTE": tl.float32, "EPS": 1e-5,
+        **_row_blocks(shape, columns),
+    }  # fmt: skip
+
+
+def _rms_norm_backward(element: str, shape: dict[str, Any], columns: int = HIDDEN) -> dict[str, Any]:
+    return {
+        "dy_ptr": element, "dh_ptr": element, "h_ptr": element, "weight_ptr": element, "rstd_ptr": "*fp32",
+        "dx_ptr": element, **SIZES, "stride_dyn": "i32", "stride_dhn": "i32", "stride_hn": "i32",
+        "COMPUTE": tl.float32, **_row_blocks(shape, columns),
+    }  # fmt: skip
+
+
+def _swiglu(shape: dict[str, Any]) -> dict[str, Any]:
+    rows, columns = tile_blocks(shape["TILE"], 4 * HIDDEN)
+    return {
+        **SIZES, "stride_gn": "i32", "stride_un": "i32", "COMPUTE": tl.float32, "BLOCK_N": rows, "BLOCK_I": columns,
+    }  # fmt: skip
+
+
+def _swiglu_forward(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {"gate_ptr": element, "up_ptr": element, "h_ptr": element, **_swiglu(shape)}
+
+
+def _swiglu_backward(element: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {"dh_ptr": element, "gate_ptr": element, "up_ptr": element, "stride_dn": "i32", **_swiglu(shape)}
+
+
 CASES: dict[str, Case] = {
     "philox_normal": Case(philox_kernel, "philox", _philox, wide=False),  # it stores, and loads three words a row
     "philox_dropout": Case(dropout_kernel, "dropout", _dropout),
@@ -169,11 +209,22 @@ CASES: dict[str, Case] = {
     "ib_lora_backward": Case(
         ib_bottleneck_backward_kernel,
         "ib_lora_backward_fused",
-        lambda *given: _ib_lora_backward(*given, rank=32),
+        _ib_lora_backward,
         dot=True,
     ),
     "ib_lora_backward:widest": Case(
-        ib_bottleneck_backward_kernel, "ib_lora_backward_fused", _ib_lora_backward, dot=True
+        ib_bottleneck_backward_kernel,
+        "ib_lora_backward_fused",
+        lambda element, shape: _ib_lora_backward(element, shape, shape["BLOCK_R"]),
+        dtypes=("bf16", "fp32"),
+        dot=True,
+    ),
+    "ib_lora_backward:Z=R=1": Case(
+        ib_bottleneck_backward_kernel,
+        "ib_lora_backward_fused",
+        lambda element, shape: _ib_lora_backward(element, shape | {"BLOCK_Z": 16}, 1) | {"n_latent": 1, "n_rank": 1},
+        dtypes=("fp16",),
+        wide=False,
     ),
     "cross_entropy": Case(cross_entropy_kernel, "cross_entropy", _cross_entropy),
     "cross_entropy:no_bias": Case(
@@ -185,4 +236,37 @@ CASES: dict[str, Case] = {
     "scatter_rows": Case(scatter_rows_kernel, "scatter_rows", _scatter_rows),
     # a lane loads as many bytes as it can store weights at once: 4 to 16
     "nf4_dequantize": Case(nf4_dequantize_kernel, "nf4_dequantize", _nf4_dequantize, wide=False, options=EXACT),
+    "rms_norm_forward": Case(rms_norm_forward_kernel, "rms_norm", _rms_norm_forward, options=_row_warps(HIDDEN)),
+    "rms_norm_backward": Case(rms_norm_backward_kernel, "rms_norm", _rms_norm_backward, options=_row_warps(HIDDEN)),
+    # a thread of a block of 1,024 has 64 registers
+    "rms_norm_forward:widest": Case(
+        rms_norm_forward_kernel,
+        "rms_norm",
+        lambda *given: _rms_norm_forward(*given, columns=WIDEST),
+        dtypes=("fp32",),
+        options=_row_warps(WIDEST),
+    ),
+    "rms_norm_backward:widest": Case(
+        rms_norm_backward_kernel,
+        "rms_norm",
+        lambda *given: _rms_norm_backward(*given, columns=WIDEST),
+        dtypes=("fp32",),
+        options=_row_warps(WIDEST),
+    ),
+    # a query head, without a residual
+    "rms_norm_forward:C=64": Case(
+        rms_norm_forward_kernel,
+        "rms_norm",
+        lambda *given: _rms_norm_forward(*given, columns=64) | {"residual_ptr": None, "h_ptr": None},
+        dtypes=("bf16",),
+    ),
+    "rms_norm_backward:C=1": Case(
+        rms_norm_backward_kernel,
+        "rms_norm",
+        lambda *given: _rms_norm_backward(*given, columns=1) | {"n_columns": 1, "stride_hn": 1, "dh_ptr": None},
+        dtypes=("bf16",),
+        wide=False,
+    ),
+    "swiglu_forward": Case(swiglu_forward_kernel, "swiglu", _swiglu_forward),
+    "swiglu_backward": Case(swiglu_backward_kernel, "swiglu", _swiglu_backward),
 }

@@ -93,7 +93,8 @@ def compile_one(kernel: str, dtype: str, arch: int) -> Row:
             aligned[(i,)] = [["tt.divisibility", 16]]
     try:
         source = ASTSource(fn=case.kernel, signature=types, constexprs=constants, attrs=aligned)
-        options = {name: shape[name] for name in ("num_warps", "num_stages")} | case.options
+        extra = case.options(shape) if callable(case.options) else case.options
+        options = {name: shape[name] for name in ("num_warps", "num_stages")} | extra
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the table must show which compilation failed, whatever Triton raised
         return Row(kernel, dtype, arch, error=f"{type(error).__name__}: {error}".splitlines()[0])

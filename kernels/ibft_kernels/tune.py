@@ -30,7 +30,10 @@ from .ops._ib_kl_triton import backward_triton, forward_triton
 from .ops._philox_triton import launch_philox
 from .ops.dropout import launch_dropout
 from .ops.ib_bottleneck import ib_bottleneck
+from .ops.ib_lora_backward import ib_lora_backward
 from .ops.nf4 import launch_nf4_dequantize
+from .ops.rms_norm import launch_rms_norm_backward, launch_rms_norm_forward
+from .ops.swiglu import launch_swiglu_backward_, launch_swiglu_forward
 
 __all__ = ["KERNELS", "Measurement", "main", "measure", "search", "write_shapes"]
 
@@ -111,6 +114,30 @@ def _nf4_dequantize(dtype: torch.dtype, device: torch.device) -> Work:
     return Work(lambda: launch_nf4_dequantize(*arguments), out.nbytes + packed.nbytes + absmax.nbytes)
 
 
+def _rms_norm(dtype: torch.dtype, device: torch.device) -> Work:
+    """Forward with the residual sum and backward: the two share an entry."""
+    x, residual, dy, dh = (torch.randn(ROWS, HIDDEN, dtype=dtype, device=device) for _ in range(4))
+    weight = torch.ones(HIDDEN, dtype=dtype, device=device)
+
+    def run() -> None:
+        _, h, rstd = launch_rms_norm_forward(x, residual, weight, 1e-6)
+        launch_rms_norm_backward(dy, dh, h, weight, rstd)
+
+    return Work(run, 8 * x.nbytes)
+
+
+def _swiglu(dtype: torch.dtype, device: torch.device) -> Work:
+    """On halves of one product. Gradients of gradients grow or vanish, which costs no other time."""
+    gate, up = torch.randn(ROWS, 4 * HIDDEN, dtype=dtype, device=device).chunk(2, dim=1)
+    dh = torch.randn(ROWS, 2 * HIDDEN, dtype=dtype, device=device)
+
+    def run() -> None:
+        launch_swiglu_forward(gate, up)
+        launch_swiglu_backward_(dh, gate, up)
+
+    return Work(run, 9 * dh.nbytes)
+
+
 def _encoder(dtype: torch.dtype, device: torch.device) -> tuple[Spec, torch.Tensor, torch.Tensor, int]:
     """(spec, hidden, weight, flops of one product). fp32 latents are half as wide: what its backward keeps on chip."""
     latent = LATENT if dtype.itemsize == 2 else LATENT // 2
@@ -130,8 +157,39 @@ def _ib_bottleneck_backward(dtype: torch.dtype, device: torch.device) -> Work:
     one = torch.ones(1, device=device)
     spare = _SPARE | {"inverse": one}
     return Work(
-        lambda: backward_fused(spec, mulogvar, weight, 1, spare, dz, one, dhidden, add=False, keep=True), flops=flops
+        lambda: backward_fused(spec, mulogvar, weight, 1, spare, dz, one, dhidden, g_ND=None, keep=True), flops=flops
     )
+
+
+def _lora_backward(dtype: torch.dtype, device: torch.device, rank: int) -> tuple[Spec, dict[str, torch.Tensor], int]:
+    """(spec, the tensors of `ib_lora_backward` with a trained encoder, flops)."""
+    spec, dhidden, weight, flops = _encoder(dtype, device)
+    (n_rows, width), n_pair, one = dhidden.shape, weight.shape[0], torch.ones(1, device=device)
+    mulogvar, dz = (torch.randn(n_rows, n_pair // n, dtype=dtype, device=device) for n in (1, 2))
+    lora_b = torch.randn(width, rank, dtype=dtype, device=device)
+    tensors = {"dhidden": dhidden, "dz": dz, "dkl": one[0], "weight": weight, "mulogvar": mulogvar, "inverse": one}
+    return spec, tensors | {"lora_b": lora_b}, flops + 2 * n_rows * width * rank
+
+
+def _ib_lora_backward_fused(dtype: torch.dtype, device: torch.device) -> Work:
+    """At the widest LoRA that the candidates name: what an entry says to fit on chip has then run."""
+    spec, tensors, flops = _lora_backward(dtype, device, rank=64)
+    g, dz, dkl, weight, mulogvar, inverse, lora_b = tensors.values()
+    spare, total = _SPARE | {"inverse": inverse}, torch.empty_like(g)
+    return Work(
+        lambda: backward_fused(
+            spec, mulogvar, weight, 1, spare, dz, dkl, total, g_ND=g, keep=True, lora_DR=lora_b, scaling=0.5
+        ),
+        flops=flops,
+    )
+
+
+def _ib_lora_backward_routes(dtype: torch.dtype, device: torch.device) -> Work:
+    """The whole op, dW included: two products of the same size, and LoRA's."""
+    _, tensors, flops = _lora_backward(dtype, device, rank=32)
+    options = {"hidden": torch.randn_like(tensors["dhidden"]), "seed": 1, "scaling": 0.5, "needs_weight": True}
+    product_flops = 2 * tensors["dhidden"].numel() * tensors["weight"].shape[0]
+    return Work(lambda: ib_lora_backward(**tensors, **options), flops=flops + product_flops)
 
 
 def _ib_bottleneck_routes(dtype: torch.dtype, device: torch.device) -> Work:
@@ -165,6 +223,8 @@ KERNELS: dict[str, tuple[Callable[[torch.dtype, torch.device], Work], list[dict[
     ),
     "scatter_rows": (_scatter_rows, _TILES),
     "nf4_dequantize": (_nf4_dequantize, _TILES),
+    "rms_norm": (_rms_norm, _TILES),
+    "swiglu": (_swiglu, _TILES),
     "ib_bottleneck_forward/16": (
         _ib_bottleneck_forward,
         _grid(BLOCK_N=(64, 128), BLOCK_Z=(32, 64, 128), BLOCK_K=(32, 64), num_warps=(4, 8), num_stages=(2, 3, 4)),
@@ -181,7 +241,21 @@ KERNELS: dict[str, tuple[Callable[[torch.dtype, torch.device], Work], list[dict[
         _ib_bottleneck_backward,
         _grid(BLOCK_N=(16, 32), BLOCK_Z=(128,), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(1, 2)),
     ),
+    "ib_lora_backward_fused/16": (
+        _ib_lora_backward_fused,
+        _grid(
+            BLOCK_N=(16, 32, 64), BLOCK_Z=(256,), BLOCK_D=(32, 64, 128), BLOCK_R=(64,), num_warps=(4, 8),
+            num_stages=(1, 2, 3),
+        ),
+    ),
+    "ib_lora_backward_fused/32": (
+        _ib_lora_backward_fused,
+        _grid(
+            BLOCK_N=(16, 32), BLOCK_Z=(128,), BLOCK_D=(32, 64), BLOCK_R=(64,), num_warps=(4, 8), num_stages=(1, 2, 3)
+        ),
+    ),
     # last: which of the two ways the op takes, once both have their best shapes
+    "ib_lora_backward": (_ib_lora_backward_routes, [{"route": "fused"}, {"route": "product"}]),
     "ib_bottleneck": (_ib_bottleneck_routes, [{"route": "fused"}, {"route": "product"}]),
 }  # fmt: skip
 

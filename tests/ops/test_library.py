@@ -11,6 +11,7 @@ import torch
 import ibft_kernels
 from ibft_kernels import (
     Linear,
+    add_rms_norm,
     fold_head,
     folded_cross_entropy,
     ib_bottleneck,
@@ -21,6 +22,9 @@ from ibft_kernels import (
     nf4_dequantize,
     philox_dropout,
     philox_normal,
+    rms_norm,
+    swiglu_backward_,
+    swiglu_forward,
 )
 from ibft_kernels._library import NAMESPACE
 
@@ -160,6 +164,40 @@ def nf4_dequantize_into_cases(backend: str) -> Iterator[Case]:
     yield torch.zeros(2 * N * 5)[: N * 5].view(N, 5), *nf4_tensors(N * 5), 64, 256, backend
 
 
+def rms_norm_cases(backend: str) -> Iterator[Case]:
+    weight = rows(D, grad=False)
+    yield rows(N, D), weight, 1e-5, backend
+    yield torch.randn(2, 3, 2 * D)[..., D:].requires_grad_(), weight.half(), 1e-5, backend
+    yield rows(N, D, grad=False).half(), weight, 0.3, backend
+    yield rows(0, D), weight, 1e-5, backend
+
+
+def add_rms_norm_cases(backend: str) -> Iterator[Case]:
+    weight = rows(D, grad=False)
+    yield rows(N, D), rows(N, D), weight, 1e-5, backend
+    yield rows(2, 3, D), torch.randn(2, 3, 2 * D)[..., D:], weight, 1e-5, backend
+    yield rows(N, D, grad=False), rows(N, D), weight, 1e-5, backend
+
+
+def rms_norm_backward_cases(backend: str) -> Iterator[Case]:
+    dy, h = torch.randn(2, N, D)
+    weight, rstd = torch.randn(D), torch.rand(N)
+    yield dy, None, h, weight, rstd, backend
+    yield dy, torch.randn(N, 2 * D)[:, D:], h, weight, rstd, backend
+    yield dy.half(), dy[:1].half().expand(N, D), h.half(), weight.half(), rstd, backend
+
+
+def swiglu_forward_cases(backend: str) -> Iterator[Case]:
+    yield *torch.randn(2, N, D), backend
+    yield *torch.randn(N, 2 * D).half().chunk(2, dim=1), backend
+    yield *torch.randn(2, 0, D), backend
+
+
+def swiglu_backward_into_cases(backend: str) -> Iterator[Case]:
+    yield *torch.randn(3, N, D).unbind(), backend
+    yield torch.randn(N, D).half(), torch.randn(N, 2 * D).half()[:, D:], torch.randn(N, D).half(), backend
+
+
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "philox_words": philox_words_cases,
     "philox_normal": philox_normal_cases,
@@ -174,6 +212,11 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "linear_cross_entropies": linear_cross_entropies_cases,
     "nf4_dequantize": nf4_dequantize_cases,
     "nf4_dequantize_": nf4_dequantize_into_cases,
+    "rms_norm": rms_norm_cases,
+    "add_rms_norm": add_rms_norm_cases,
+    "rms_norm_backward": rms_norm_backward_cases,
+    "swiglu_forward": swiglu_forward_cases,
+    "swiglu_backward_": swiglu_backward_into_cases,
 }
 
 
@@ -269,6 +312,29 @@ def nf4_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torc
     return (y.sin() @ w + buffer[:Z]) * (seed % 7 + 1)  # it draws nothing itself
 
 
+def rms_norm_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x.sin(), UP.bias, 1e-5, backend=backend) * (seed % 7 + 1)  # it draws nothing itself
+
+
+def add_rms_norm_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The residual goes on, as it does from block to block."""
+    y, h = add_rms_norm(x.sin(), x, UP.bias, 1e-5, backend=backend)
+    return (y.cos() + h) * (seed % 7 + 1)
+
+
+def swiglu_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.detach().flatten(0, 1).repeat(1, 2).chunk(2, dim=1)
+    return swiglu_forward(gate, up, backend=backend).view(x.shape) * x * (seed % 7 + 1)
+
+
+def swiglu_backward_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """On halves of one buffer, which the graph must find changed."""
+    fixed = x.detach().flatten(0, 1)
+    both, h = torch.cat([fixed, fixed.cos()], dim=1), fixed.sin()
+    swiglu_backward_(h, both[:, :Z], both[:, Z:], backend=backend)
+    return (both @ ENCODER.weight + h).view(x.shape) * x * (seed % 7 + 1)
+
+
 GRAPHS = {
     "philox_normal": normal_graph,
     "philox_dropout": dropout_graph,
@@ -280,6 +346,10 @@ GRAPHS = {
     "fold_head": fold_graph,
     "folded_cross_entropy": folded_graph,
     "ib_objective": objective_graph,
+    "rms_norm": rms_norm_graph,
+    "add_rms_norm": add_rms_norm_graph,
+    "swiglu_forward": swiglu_graph,
+    "swiglu_backward_": swiglu_backward_graph,
 }
 NO_OP = {"FoldedHead", "Latent", "Linear", "ObjectiveParts", "fold_pays", "noise_key"}  # containers; host arithmetic
 

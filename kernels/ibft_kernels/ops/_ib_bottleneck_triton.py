@@ -30,6 +30,7 @@ __all__ = [
     "forward_fused",
     "ib_bottleneck_backward_kernel",
     "ib_bottleneck_forward_kernel",
+    "rank_block",
 ]
 
 
@@ -239,6 +240,13 @@ def _backward_entry(n_rank: int | None) -> str:
     return "ib_bottleneck_backward" if n_rank is None else "ib_lora_backward_fused"
 
 
+def rank_block(shape: dict[str, Any], n_rank: int) -> int:
+    """BLOCK_R for a LoRA of n_rank columns. It is wider than BLOCK_N: else Triton lays the warps of all three chained
+    products along the rows, of which there are too few, and they repeat each other's work (fourfold, by the AOT table).
+    """
+    return min(shape.get("BLOCK_R", 16), max(2 * shape["BLOCK_N"], triton.next_power_of_2(n_rank)))
+
+
 def _settings(spec: Spec, seed: int | torch.Tensor) -> dict[str, Any]:
     seed_ptr, seed_lo, seed_hi = seed_arguments(seed)
     lo, hi = spec.logvar_range or (None, None)
@@ -321,10 +329,10 @@ def backward_fused(
     if n_rows == 0 or (dh_ND is None and not keep):
         return dmulogvar_N2Z, None if n_rank is None else mulogvar_N2Z.new_empty(n_rows, n_rank)
     shape = launch_shape(_backward_entry(n_rank), device, dtype)
-    for block, length in (("BLOCK_Z", n_latent), ("BLOCK_R", n_rank or 0)):
-        widest = shape.get(block, 16)
-        shape[block] = min(widest, max(16, triton.next_power_of_2(length)))
-        assert length <= shape[block]
+    shape["BLOCK_Z"] = min(shape["BLOCK_Z"], max(16, triton.next_power_of_2(n_latent)))
+    shape["BLOCK_R"] = rank_block(shape, n_rank or 0)
+    assert n_latent <= shape["BLOCK_Z"]
+    assert (n_rank or 0) <= shape["BLOCK_R"]
     row_tiles = triton.cdiv(n_rows, shape["BLOCK_N"])
     column_tiles = triton.cdiv(n_hidden, shape["BLOCK_D"])
     splits = 1 if dh_ND is None else _column_splits(row_tiles, column_tiles, device)

@@ -54,23 +54,31 @@ class Latent(NamedTuple):
 # --- routes ---------------------------------------------------------------------------------------
 
 
-def chosen_route(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def chosen_route(backend: str, device: torch.device, dtype: torch.dtype, op: str = "ib_bottleneck") -> str:
     """The route that a caller's `backend` asks for: "auto" on a device takes what launch/<architecture>.json says."""
     resolved = resolve_backend(backend, device)
     if resolved == "torch" or backend == "triton":
         return "torch" if resolved == "torch" else "fused"
-    return launch_shape("ib_bottleneck", device, dtype)["route"]
+    return launch_shape(op, device, dtype)["route"]
 
 
-def _resolve_route(route: str, hidden: torch.Tensor, n_latent: int) -> str:
-    """Which of "torch", "fused" and "product" runs: the one asked for, where it can."""
-    return "product" if route == "fused" and not fits_on_chip(hidden.device, hidden.dtype, n_latent) else route
+def _resolve_route(route: str, hidden: torch.Tensor, n_latent: int, n_rank: int | None = None) -> str:
+    """Which of "torch", "fused" and "product" runs: the one asked for, where it can. n_rank: `ib_lora_backward`'s."""
+    fits = route != "fused" or fits_on_chip(hidden.device, hidden.dtype, n_latent, n_rank)
+    return route if fits else "product"
 
 
-def _spec(hidden: torch.Tensor, n_latent: int, bounds: Sequence[float] | None, reduction: str, route: str) -> Spec:
+def _spec(
+    hidden: torch.Tensor,
+    n_latent: int,
+    bounds: Sequence[float] | None,
+    reduction: str,
+    route: str,
+    n_rank: int | None = None,
+) -> Spec:
     compute = torch.promote_types(hidden.dtype, torch.float32)
     logvar_range = None if bounds is None else (bounds[0], bounds[1])
-    return Spec(compute, logvar_range, reduction, _resolve_route(route, hidden, n_latent))
+    return Spec(compute, logvar_range, reduction, _resolve_route(route, hidden, n_latent, n_rank))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

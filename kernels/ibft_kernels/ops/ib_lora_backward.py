@@ -40,12 +40,11 @@ from typing import NamedTuple
 
 import torch
 
-from .._dispatch import resolve_backend
-from .._launch import launch_shape
 from .._library import library_op
+from ._ib_bottleneck_triton import backward_fused
 from ._ib_kl_spec import check_arguments
 from ._rows import FLOATS, SEED_SCHEMA, as_rows, join_seed, split_seed
-from .ib_bottleneck import _spec, encoder_gradients, latent_gradients, write_hidden_gradient
+from .ib_bottleneck import _spec, chosen_route, encoder_gradients, latent_gradients, write_hidden_gradient
 from .philox import normal_rows
 
 __all__ = ["IBLoraGradients", "ib_lora_backward"]
@@ -79,15 +78,24 @@ def _gradients(
 ):  # fmt: skip
     """(dlora, dW, db), each empty if not needed. The total is written to `total`, which `g` may be itself."""
     dtype, key, n_latent = mulogvar_N2Z.dtype, join_seed(seed_tensor, seed), w_2ZD.shape[0] // 2
-    spec = _spec(mulogvar_N2Z, n_latent, logvar_range, reduction, route)
+    n_rank = None if lora_DR is None else lora_DR.shape[1]
+    spec = _spec(mulogvar_N2Z, n_latent, logvar_range, reduction, route, n_rank)
     spare = {"ids": noise_ids, "eps": eps, "mask": mask, "inverse": None if reduction == "none" else inverse}
     w_low = w_2ZD.to(dtype).contiguous()
-    lora_low = None if lora_DR is None else lora_DR.to(dtype)
-    if spec.backend == "torch" and eps is None and dz_NZ is not None:
-        spare["eps"] = normal_rows(key, noise_ids, mulogvar_N2Z.shape[0], n_latent, mulogvar_N2Z.device)
-    pair_N2Z = latent_gradients(spec, mulogvar_N2Z, key, spare, dz_NZ, dkl)
-    write_hidden_gradient(total_ND, g_ND, pair_N2Z, w_low)
-    dlora_NR = mulogvar_N2Z.new_empty(0) if lora_low is None else _lora_product(total_ND, lora_low, scaling)
+    lora_low = None if lora_DR is None else lora_DR.to(dtype).contiguous()
+    dlora_NR: torch.Tensor | None = None
+    if spec.backend == "fused":
+        pair_N2Z, dlora_NR = backward_fused(
+            spec, mulogvar_N2Z, w_low, key, spare, dz_NZ, dkl, total_ND, g_ND=g_ND,
+            keep=needs_weight or needs_bias, lora_DR=lora_low, scaling=scaling,
+        )  # fmt: skip
+    else:
+        if spec.backend == "torch" and eps is None and dz_NZ is not None:
+            spare["eps"] = normal_rows(key, noise_ids, mulogvar_N2Z.shape[0], n_latent, mulogvar_N2Z.device)
+        pair_N2Z = latent_gradients(spec, mulogvar_N2Z, key, spare, dz_NZ, dkl)
+        write_hidden_gradient(total_ND, g_ND, pair_N2Z, w_low)
+        dlora_NR = None if lora_low is None else _lora_product(total_ND, lora_low, scaling)
+    dlora_NR = mulogvar_N2Z.new_empty(0) if dlora_NR is None else dlora_NR
     return dlora_NR, *encoder_gradients(pair_N2Z, h_ND, w_2ZD, needs_weight, needs_bias)
 
 
@@ -183,10 +191,12 @@ def _check_tensors(dhidden, dz, dkl, weight, mulogvar, inverse, lora_b, hidden, 
         raise ValueError("hidden: expected the encoder's input, which the weight's gradient needs, got None")
     if inplace and dhidden is None:
         raise ValueError("dhidden: expected the buffer that inplace=True writes to, got None")
-    if inplace and n_rows > 0 and (dhidden.stride(1) != 1 and width > 1 or dhidden.stride(0) < width and n_rows > 1):
-        raise ValueError(
-            f"dhidden: expected adjacent columns and rows that do not overlap, got strides {dhidden.stride()}"
-        )
+    if inplace and n_rows > 0:
+        apart, overlap = width > 1 and dhidden.stride(1) != 1, n_rows > 1 and dhidden.stride(0) < width
+        if apart or overlap:
+            raise ValueError(
+                f"dhidden: expected adjacent columns and rows that do not overlap, got strides {dhidden.stride()}"
+            )
 
 
 def ib_lora_backward(
@@ -240,16 +250,11 @@ def ib_lora_backward(
     _check_tensors(dhidden, dz, dkl, weight, mulogvar, inverse, lora_b, hidden, reduction, inplace, needs_weight)
     if dz is not None and seed is None and eps is None:
         raise ValueError("seed: expected the forward's seed, or its eps: dz needs that noise, got None")
-    n_latent = mulogvar.shape[1] // 2
-    halves = mulogvar.detach().chunk(2, dim=1)
+    mu, logvar = mulogvar.detach().chunk(2, dim=1)
     arguments = check_arguments(
-        *halves, 0 if seed is None else seed, noise_ids, eps, mask, logvar_range, reduction, None
+        mu, logvar, 0 if seed is None else seed, noise_ids, eps, mask, logvar_range, reduction, None
     )
-    resolved = resolve_backend(backend, mulogvar.device)
-    if resolved == "torch" or backend == "triton":
-        route = "torch" if resolved == "torch" else "fused"
-    else:
-        route = "product"
+    route = chosen_route(backend, mulogvar.device, mulogvar.dtype, "ib_lora_backward")
     saved = (
         None if dz is None else as_rows(dz), None if dkl is None else dkl.contiguous(),
         None if hidden is None else as_rows(hidden), weight, mulogvar.contiguous(), inverse, lora_b,

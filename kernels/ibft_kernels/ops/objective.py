@@ -44,7 +44,7 @@ class ObjectiveParts(NamedTuple):
 
 def ib_objective(
     last_hidden: torch.Tensor,
-    tapped: torch.Tensor,
+    tapped: torch.Tensor | Latent,
     labels: torch.Tensor,
     *,
     head: Linear,
@@ -62,7 +62,9 @@ def ib_objective(
     """CE, KL and CE_z together.
 
     Args:
-        last_hidden: [..., D] after the final norm. tapped: [..., D'], what the encoder reads; same leading shape.
+        last_hidden: [..., D] after the final norm. tapped: [..., D'], what the encoder reads; same leading shape. Or
+            the `Latent` that `ib_bottleneck_latent` or `ib_lora_mlp` already made of it: then the encoder and the
+            settings in `bottleneck` are not looked at.
         labels, rows, ignore_index: as in `linear_cross_entropy`; normalizer divides both cross-entropies.
         head: the language-model head [V, D]. encoder: [2Z, D'], mu rows first. up: the up-projection [D, Z]; or the
             step's `FoldedHead` of it and `head`, whose `backward` the caller then owes.
@@ -79,15 +81,19 @@ def ib_objective(
     inverse = inverse_count(normalizer, targets, ignore_index, accumulator(last_hidden.dtype))
     check_head((last_hidden, *head), targets, found, last_hidden.dtype)
     check_chunk_bytes(chunk_bytes)
-    if tapped.shape[:-1] != last_hidden.shape[:-1]:
-        raise ValueError(f"tapped: expected shape [*{tuple(last_hidden.shape[:-1])}, D], got {tuple(tapped.shape)}")
+    read = tapped.z if isinstance(tapped, Latent) else tapped
+    if read.shape[:-1] != last_hidden.shape[:-1]:
+        raise ValueError(f"tapped: expected shape [*{tuple(last_hidden.shape[:-1])}, D], got {tuple(read.shape)}")
     if bottleneck.get("reduction") == "none":
         raise ValueError("reduction: expected 'mean', 'batchmean' or 'sum', got 'none'")
     if not isinstance(up, FoldedHead):
         up = Linear(*up)
         check_fold(head.weight, *up, head.bias)
-    latent = ib_bottleneck_latent(
-        tapped, *encoder, normalizer=bottleneck.pop("kl_normalizer", None), backend=backend, **bottleneck
+    kl_normalizer = bottleneck.pop("kl_normalizer", None)
+    latent = (
+        tapped
+        if isinstance(tapped, Latent)
+        else ib_bottleneck_latent(tapped, *encoder, normalizer=kl_normalizer, backend=backend, **bottleneck)
     )
 
     first, second = as_rows(last_hidden), as_rows(latent.z).to(last_hidden.dtype)

@@ -32,11 +32,146 @@ from ._rows import FLOATS, as_rows
 __all__ = ["add_rms_norm", "rms_norm"]
 
 WIDEST = 1 << 14  # columns that a program can hold: 16 a thread
-CPU_CHUNK = 1 << 15  # elements that the torch path works on at once on a CPU
+CPU_CHUNK = 1 << 17  # elements that the torch path works on at once on a CPU: its buffers stay in cache
 
 
-def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+def _dtypes(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """(y's, the one computed in)."""
+    y = torch.promote_types(x.dtype, weight.dtype)
+    return y, torch.float64 if y == torch.float64 else torch.float32
+
+
+def _outputs(
+    x_NC: torch.Tensor, residual_NC: torch.Tensor | None, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, h, rstd), not filled; h is x where there is no residual."""
+    y_dtype, compute = _dtypes(x_NC, weight)
+    y_NC = torch.empty(x_NC.shape, dtype=y_dtype, device=x_NC.device)
+    h_NC = x_NC if residual_NC is None else torch.empty(x_NC.shape, dtype=x_NC.dtype, device=x_NC.device)
+    return y_NC, h_NC, torch.empty(x_NC.shape[0], dtype=compute, device=x_NC.device)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def rms_norm_forward_kernel(
+    x_ptr,
+    residual_ptr,  # None: h = x
+    weight_ptr,
+    y_ptr,
+    h_ptr,  # None where the residual is
+    rstd_ptr,
+    n_rows,
+    n_columns,
+    stride_xn,
+    stride_rn,
+    COMPUTE: tl.constexpr,
+    EPS: tl.constexpr,  # a setting of the model, not of the batch: exact in every dtype
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """BLOCK_N whole rows: BLOCK_C is the power of two that holds one."""
+    rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns_c = tl.arange(0, BLOCK_C)
+    mask_n, mask_c = rows_n < n_rows, columns_c < n_columns
+    mask_nc = mask_n[:, None] & mask_c[None, :]
+    out_offsets = rows_n[:, None] * n_columns + columns_c[None, :]
+    element = x_ptr.dtype.element_ty
+    h = tl.load(x_ptr + rows_n[:, None] * stride_xn + columns_c[None, :], mask=mask_nc, other=0.0).to(COMPUTE)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + rows_n[:, None] * stride_rn + columns_c[None, :], mask=mask_nc, other=0.0)
+        rounded = (h + residual.to(COMPUTE)).to(element)
+        tl.store(h_ptr + out_offsets, rounded, mask=mask_nc)
+        h = rounded.to(COMPUTE)
+    rstd_n = tl.rsqrt(tl.sum(h * h, axis=1) / n_columns + tl.full([], EPS, COMPUTE))
+    tl.store(rstd_ptr + rows_n, rstd_n, mask=mask_n)
+    n = (h * rstd_n[:, None]).to(element).to(COMPUTE)
+    weight_c = tl.load(weight_ptr + columns_c, mask=mask_c, other=0.0).to(COMPUTE)
+    tl.store(y_ptr + out_offsets, (n * weight_c[None, :]).to(y_ptr.dtype.element_ty), mask=mask_nc)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def rms_norm_backward_kernel(
+    dy_ptr,
+    dh_ptr,  # what arrives at h; None: nothing
+    h_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    n_rows,
+    n_columns,
+    stride_dyn,
+    stride_dhn,
+    stride_hn,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns_c = tl.arange(0, BLOCK_C)
+    mask_n, mask_c = rows_n < n_rows, columns_c < n_columns
+    mask_nc = mask_n[:, None] & mask_c[None, :]
+    rstd_n = tl.load(rstd_ptr + rows_n, mask=mask_n, other=0.0)
+    weight_c = tl.load(weight_ptr + columns_c, mask=mask_c, other=0.0).to(COMPUTE)
+    dy = tl.load(dy_ptr + rows_n[:, None] * stride_dyn + columns_c[None, :], mask=mask_nc, other=0.0).to(COMPUTE)
+    h = tl.load(h_ptr + rows_n[:, None] * stride_hn + columns_c[None, :], mask=mask_nc, other=0.0).to(COMPUTE)
+    g = dy * weight_c[None, :]
+    n = h * rstd_n[:, None]
+    mean_n = tl.sum(g * n, axis=1) / n_columns
+    dx = rstd_n[:, None] * (g - n * mean_n[:, None])
+    if dh_ptr is not None:
+        dx += tl.load(dh_ptr + rows_n[:, None] * stride_dhn + columns_c[None, :], mask=mask_nc, other=0.0).to(COMPUTE)
+    tl.store(dx_ptr + rows_n[:, None] * n_columns + columns_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask_nc)
+
+
+# --- launchers ------------------------------------------------------------------------------------
+
+
+def row_blocks(shape: dict[str, Any], n_columns: int) -> dict[str, int]:
+    """BLOCK_N and BLOCK_C for whole rows, and the warps for them: a row wider than TILE has more of them, so that a
+    thread's share stays what TILE and num_warps say.
+    """
+    block_c = max(16, 1 << (n_columns - 1).bit_length())
+    warps = min(32, shape["num_warps"] * max(1, block_c // shape["TILE"]))
+    return {"BLOCK_N": max(1, shape["TILE"] // block_c), "BLOCK_C": block_c, "num_warps": warps}
+
+
+def _common(x_NC: torch.Tensor, compute: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and what both kernels take."""
+    n_rows, n_columns = x_NC.shape
+    shape = launch_shape("rms_norm", x_NC.device, x_NC.dtype)
+    blocks = row_blocks(shape, n_columns)
+    del shape["TILE"]
+    sizes = {"n_rows": n_rows, "n_columns": n_columns, "COMPUTE": tl.float64 if compute.itemsize == 8 else tl.float32}
+    return (triton.cdiv(n_rows, blocks["BLOCK_N"]),), sizes | shape | blocks
+
+
+def launch_rms_norm_forward(
+    x_NC: torch.Tensor, residual_NC: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, h, rstd); h is x where there is no residual."""
+    y_NC, h_NC, rstd_N = _outputs(x_NC, residual_NC, weight)
+    if x_NC.numel():
+        grid, common = _common(x_NC, rstd_N.dtype)
+        rms_norm_forward_kernel[grid](
+            x_NC, residual_NC, weight, y_NC, None if residual_NC is None else h_NC, rstd_N, stride_xn=x_NC.stride(0),
+            stride_rn=0 if residual_NC is None else residual_NC.stride(0), EPS=eps, **common,
+        )  # fmt: skip
+    return y_NC, h_NC, rstd_N
+
+
+def launch_rms_norm_backward(
+    dy_NC: torch.Tensor, dh_NC: torch.Tensor | None, h_NC: torch.Tensor, weight: torch.Tensor, rstd_N: torch.Tensor
+) -> torch.Tensor:
+    dx_NC = torch.empty(h_NC.shape, dtype=h_NC.dtype, device=h_NC.device)
+    if dx_NC.numel():
+        grid, common = _common(h_NC, rstd_N.dtype)
+        rms_norm_backward_kernel[grid](
+            dy_NC, dh_NC, h_NC, weight, rstd_N, dx_NC, stride_dyn=dy_NC.stride(0),
+            stride_dhn=0 if dh_NC is None else dh_NC.stride(0), stride_hn=h_NC.stride(0), **common,
+        )  # fmt: skip
+    return dx_NC
 
 
 # --- torch path -----------------------------------------------------------------------------------
@@ -51,12 +186,9 @@ def _row_chunks(x_NC: torch.Tensor) -> list[slice]:
 def _forward_torch(
     x_NC: torch.Tensor, residual_NC: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, h, rstd); h is x where there is no residual."""
-    n_rows, n_columns = x_NC.shape
-    compute = compute_dtype(x_NC, weight)
-    y_NC = torch.empty(n_rows, n_columns, dtype=torch.promote_types(x_NC.dtype, weight.dtype), device=x_NC.device)
-    h_NC = x_NC if residual_NC is None else torch.empty(n_rows, n_columns, dtype=x_NC.dtype, device=x_NC.device)
-    rstd_N = torch.empty(n_rows, dtype=compute, device=x_NC.device)
+    """As `launch_rms_norm_forward`."""
+    y_NC, h_NC, rstd_N = _outputs(x_NC, residual_NC, weight)
+    compute, n_columns = rstd_N.dtype, x_NC.shape[1]
     for rows in _row_chunks(x_NC):
         if residual_NC is not None:
             torch.add(x_NC[rows], residual_NC[rows], out=h_NC[rows])
@@ -97,17 +229,21 @@ def _backward_torch(
 
 
 # --- library and autograd -------------------------------------------------------------------------
+# The ops take [..., C] and flatten inside: x and residual then get one tensor as their gradient, which autograd sees
+# and does not hand to two leaves. Behind a view each, both would keep that memory as their own.
 
 
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _forward_torch(x, residual, weight, eps)
+    forward = launch_rms_norm_forward if backend == "triton" else _forward_torch
+    y_NC, h_NC, rstd_N = forward(as_rows(x), None if residual is None else as_rows(residual), weight, eps)
+    return y_NC.view(x.shape), h_NC if residual is None else h_NC.view(x.shape), rstd_N
 
 
 def _fake_outputs(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
-    return y, x.new_empty(x.shape[0], dtype=compute_dtype(x, weight))
+    y_dtype, compute = _dtypes(x, weight)
+    return x.new_empty(x.shape, dtype=y_dtype), x.new_empty(x.shape[:-1].numel(), dtype=compute)
 
 
 @library_op("rms_norm", "(Tensor x, Tensor weight, float eps, str backend) -> (Tensor y, Tensor rstd)")
@@ -135,11 +271,11 @@ def _(x, residual, weight, eps, backend):
     return y, x.new_empty(x.shape), rstd
 
 
-@library_op(
-    "rms_norm_backward", "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, str backend) -> Tensor"
-)
+@library_op("rms_norm_backward", "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, str backend) -> Tensor")
 def _backward_op(dy, dh, h, weight, rstd, backend):
-    return _backward_torch(dy, dh, h, weight, rstd)
+    backward = launch_rms_norm_backward if backend == "triton" else _backward_torch
+    dx_NC = backward(as_rows(dy), None if dh is None else as_rows(dh), as_rows(h), weight, rstd)
+    return dx_NC.view(h.shape)
 
 
 @_backward_op.register_fake
@@ -168,7 +304,7 @@ def _setup(ctx: Any, h: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor) 
 def _dh(ctx: Any, dy: torch.Tensor | None, dh: torch.Tensor | None) -> torch.Tensor | None:
     if dy is None:
         return dh
-    return _backward_op(as_rows(dy), None if dh is None else as_rows(dh), *ctx.saved_tensors, ctx.backend)
+    return _backward_op(dy, dh, *ctx.saved_tensors, ctx.backend)
 
 
 def _backward_rms_norm(ctx, dy, _):
@@ -229,8 +365,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
         RuntimeError: the triton backend was asked for and cannot run here.
     """
     _check(x, weight, eps)
-    y_NC, _ = _rms_norm_op(as_rows(x), weight.contiguous(), float(eps), _backend_for(backend, x))
-    return y_NC.view(x.shape)
+    return _rms_norm_op(x, weight.contiguous(), float(eps), _backend_for(backend, x))[0]
 
 
 def add_rms_norm(
@@ -256,7 +391,4 @@ def add_rms_norm(
             f"residual: expected {x.dtype} of shape {tuple(x.shape)} on {x.device}, "
             f"got {residual.dtype} of shape {tuple(residual.shape)} on {residual.device}"
         )
-    y_NC, h_NC, _ = _add_rms_norm_op(
-        as_rows(x), as_rows(residual), weight.contiguous(), float(eps), _backend_for(backend, x)
-    )
-    return y_NC.view(x.shape), h_NC.view(x.shape)
+    return _add_rms_norm_op(x, residual, weight.contiguous(), float(eps), _backend_for(backend, x))[:2]

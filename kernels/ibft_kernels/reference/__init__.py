@@ -7,17 +7,22 @@ be read.
 from .dropout import philox_dropout
 from .ib_bottleneck import ib_bottleneck
 from .ib_kl import ib_kl_loss
+from .ib_lora_backward import ib_lora_backward
 from .linear_cross_entropy import fold_head, folded_cross_entropy, linear_cross_entropy
 from .lora import ib_lora_mlp, lora_linear, lora_mlp, lora_qkv
 from .nf4 import nf4_dequantize
 from .objective import ib_objective
 from .philox import noise_key, philox_normal
+from .rms_norm import add_rms_norm, rms_norm
+from .swiglu import swiglu_backward_, swiglu_forward
 
 __all__ = [
+    "add_rms_norm",
     "fold_head",
     "folded_cross_entropy",
     "ib_bottleneck",
     "ib_kl_loss",
+    "ib_lora_backward",
     "ib_lora_mlp",
     "ib_objective",
     "linear_cross_entropy",
@@ -28,4 +33,7 @@ __all__ = [
     "noise_key",
     "philox_dropout",
     "philox_normal",
+    "rms_norm",
+    "swiglu_backward_",
+    "swiglu_forward",
 ]
