@@ -14,14 +14,15 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_row(bench: str, device: torch.device, times_ms: Sequence[float], **columns: object) -> None:
-    """Append the columns, p50, p20 and p80 of the times (blank where there is none), device, versions, commit and date.
+def write_row(bench: str, device: torch.device, times_ms: Sequence[float] | None, **columns: object) -> None:
+    """Append the columns, p50, p20 and p80 of the times (blank where there is none; no such columns for None), device,
+    versions, commit and date.
 
     Raises:
         ValueError: the file has other columns.
     """
     row = columns | {
-        **percentiles(times_ms),
+        **({} if times_ms is None else percentiles(times_ms)),
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else "",
         "torch": torch.__version__,

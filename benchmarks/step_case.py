@@ -251,17 +251,14 @@ def step_of_plain(plain: PlainLoop, batches: Sequence[list[Batch]]) -> Step:
     return step
 
 
-def shape_step(shape: str, provider: str, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Step, Config]:
+def shape_step(shape: str, provider: str, config: Config, device: torch.device, dtype: torch.dtype) -> Step:
     """Raises ModuleNotFoundError where Unsloth was asked for and is not installed."""
-    name, _, variant = provider.partition(", ")
-    config = shape_config(length, *(["ib.alpha=0"] if variant else []))
-    data = random_data(shape, length, count=4)
-    if name == "ours":
+    data = random_data(shape, config.data.max_length, count=4)
+    if provider.startswith("ours"):
         trainer = shape_trainer(shape, config, data, device, dtype)
-        return step_of_ours(trainer, list(trainer.batches(data.train, epoch=0))), config
-    make = {"hf": shape_plain_loop, "unsloth": unsloth_loop}[name]
-    plain = make(shape, config, device, dtype)
-    return step_of_plain(plain, batches_of(data, config)), config
+        return step_of_ours(trainer, list(trainer.batches(data.train, epoch=0)))
+    plain = (unsloth_loop if provider.startswith("unsloth") else shape_plain_loop)(shape, config, device, dtype)
+    return step_of_plain(plain, batches_of(data, config))
 
 
 def batches_of(data: Datasets, config: Config) -> list[list[Batch]]:
@@ -330,7 +327,7 @@ def run_case(
     """
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    config = shape_config(length)
+    config = shape_config(length, *(["ib.alpha=0"] if provider.endswith("alpha = 0") else []))
     held = (0, 0)
     if on_gpu:
         total = torch.cuda.mem_get_info(device)[1]
@@ -341,7 +338,7 @@ def run_case(
     result, tokens = "ok", length
     step: Step | None = None
     try:
-        step, config = shape_step(shape, provider, length, device, dtype)
+        step = shape_step(shape, provider, config, device, dtype)
         for i in range(warmup):
             tokens = step(i)
         for i in range(rounds):

@@ -6,31 +6,26 @@ heads, G = Hq / Hkv, d head size, W sliding window. For token i of a segment, wi
     o_i = sum_j p_ij v_j,    p_i = softmax_j(scale q_i . k_j),    j <= i,    j > i - W where there is a window.
 
 The cost is sum_s l_s^2 rather than N^2 or B T^2: with eight samples in a row an eighth of the masked product. Four ways
-to the same numbers, from the fastest to the one that runs anywhere; `choose_way` picks one and says why.
-
-"segments", the CPU's own way, reads like this. Segments of like length are gathered into a batch, padded on the right:
-a causal query never looks right, so padding needs no mask, only a zero gradient. Queries are laid out [l, G] within a
-key head, so that one product serves the whole group and any run of tokens is a run of rows. Each run of at most
-BLOCK_TOKENS queries meets its keys in one product, so a whole row of the softmax is at hand (no running maximum), and
-keys after the run or before the window are never touched. Backward recomputes p; only gathered q, k, v are kept.
+to the same numbers: two of CUDA's fused kernels, the CPU's own (ibft/attention_cpu.py), and a mask where nothing else
+serves; `choose_way` picks one and says why. flash-attn is not needed: torch has its kernels.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ibft.attention_cpu import segment_attention
+
 __all__ = ["Segments", "packed_attention"]
 
-BLOCK_TOKENS = 96  # queries of one product
-SCORES_BUDGET = 2**18  # scores of one product: 1 MiB of fp32, about a core's cache
-LIKE_LENGTHS = 0.8  # segments share a batch if the shortest is at least so much of the longest
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +41,7 @@ class Segments:
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     max_length: int
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # masks, layouts: made once for all layers
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Segments":
@@ -63,6 +58,13 @@ class Segments:
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """make(), called once for this key: masks and layouts serve every layer of a micro-batch."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        found: T = self._cache[key]
+        return found
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
         """The same segments with cu_seqlens on `device`."""
@@ -105,7 +107,7 @@ def choose_way(q: Tensor, window: int | None) -> str:
     # beyond 192 flash attention has no backward on consumer cards
     if half and ampere and q.shape[-1] <= 192 and _varlen_serves(window):
         return "varlen"
-    # fp32, or a card older than flash attention. Its window argument is left alone: rarely needed, its meaning unsaid.
+    # fp32, or a card older than flash attention. It has an argument for a window too, but says nowhere what it counts.
     if window is None and (q.dtype in (torch.float16, torch.float32) or (half and ampere)):
         return "efficient"
     return "mask"
@@ -130,7 +132,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, w
         else:
             k, v = _repeat_heads(k, v, q.shape[1])
     ends, longest = segments.cu_seqlens, segments.max_length
-    out: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, **arguments)
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, **arguments)
+    assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp is asked for
     return out
 
 
@@ -182,222 +185,17 @@ def _mask(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, win
 
 def _block_mask(segments: Segments, window: int | None, device: torch.device) -> Tensor:
     """[N, N] bool, True where the row's token sees the column's."""
-    key = ("mask", window, device)
-    if key not in segments._cache:
+
+    def make() -> Tensor:
         owner = torch.repeat_interleave(torch.tensor(segments.lengths)).to(device)
         mask = (owner[:, None] == owner).tril_()
-        segments._cache[key] = mask if window is None else mask.triu_(1 - window)
-    found: Tensor = segments._cache[key]
-    return found
+        return mask if window is None else mask.triu_(1 - window)
 
-
-# --- the CPU ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Segments that are computed together: `batch` = their number times Hkv, padded to `length` tokens.
-
-    Its rows in the gathered tensors: queries [batch, length, G] from `query_row`, keys [batch, length] from `key_row`.
-    """
-
-    batch: int
-    length: int
-    query_row: int
-    key_row: int
-
-    def queries(self, x: Tensor, group: int) -> Tensor:
-        """[rows, d] -> view [batch, length * G, d]."""
-        return x[self.query_row :][: self.batch * self.length * group].view(self.batch, -1, x.shape[1])
-
-    def keys(self, x: Tensor) -> Tensor:
-        """[rows, d] -> view [batch, length, d]."""
-        return x[self.key_row :][: self.batch * self.length].view(self.batch, -1, x.shape[1])
-
-    def blocks(self, window: int | None) -> Iterator[tuple[int, int, int]]:
-        """(start, end, first): queries start .. end see keys first .. end."""
-        for start in range(0, self.length, BLOCK_TOKENS):
-            end = min(start + BLOCK_TOKENS, self.length)
-            yield start, end, 0 if window is None else max(0, start - window + 1)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where each head of each token goes in the buckets, and back. A row is one head of one token.
-
-    Attributes:
-        query_from, key_from: gathered row -> row of q [N * Hq] or of k [N * Hkv]; padding repeats the last token.
-        query_to, key_to: the inverse, rows of q or k -> gathered row.
-        query_pads: gathered rows that are padding.
-    """
-
-    buckets: list[_Bucket]
-    query_from: Tensor
-    key_from: Tensor
-    query_to: Tensor
-    key_to: Tensor
-    query_pads: Tensor
-
-
-def _layout(segments: Segments, query_heads: int, kv_heads: int) -> _Layout:
-    key = ("layout", query_heads, kv_heads)
-    if key not in segments._cache:
-        segments._cache[key] = _make_layout(segments, query_heads, kv_heads)
-    found: _Layout = segments._cache[key]
-    return found
-
-
-def _make_layout(segments: Segments, query_heads: int, kv_heads: int) -> _Layout:
-    lengths = torch.tensor(segments.lengths)
-    starts = lengths.cumsum(0) - lengths
-    group = query_heads // kv_heads
-    heads = torch.arange(query_heads).view(kv_heads, 1, group)
-    buckets, query_from, key_from, query_real, key_real = [], [], [], [], []
-    query_row = key_row = 0
-    for members in _alike(segments.lengths, query_heads):
-        longest = segments.lengths[members[0]]
-        place = torch.arange(longest)
-        token = starts[members, None] + torch.minimum(place, lengths[members, None] - 1)  # [n, longest]
-        real = (place < lengths[members, None])[:, None, :, None]
-        shape = (len(members), kv_heads, longest, group)
-        query_from.append((token[:, None, :, None] * query_heads + heads).flatten())
-        key_from.append((token[:, None] * kv_heads + torch.arange(kv_heads)[:, None]).flatten())
-        query_real.append(real.expand(shape).flatten())
-        key_real.append(real.expand(*shape[:3], 1).flatten())
-        buckets.append(_Bucket(len(members) * kv_heads, longest, query_row, key_row))
-        query_row, key_row = query_row + len(query_from[-1]), key_row + len(key_from[-1])
-    query_rows, key_rows = torch.cat(query_from), torch.cat(key_from)
-    real_queries, real_keys = torch.cat(query_real), torch.cat(key_real)
-    return _Layout(
-        buckets,
-        query_from=query_rows,
-        key_from=key_rows,
-        query_to=_inverse(query_rows, real_queries),
-        key_to=_inverse(key_rows, real_keys),
-        query_pads=(~real_queries).nonzero().flatten(),
-    )
-
-
-def _alike(lengths: Sequence[int], heads: int) -> list[list[int]]:
-    """Indices of `lengths` in groups of like length, each group's longest first and within SCORES_BUDGET."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        scores = heads * longest * min(longest, BLOCK_TOKENS) * (len(groups[-1]) + 1 if groups else 1)
-        if groups and lengths[index] >= LIKE_LENGTHS * longest and scores <= SCORES_BUDGET:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
-def _inverse(source: Tensor, real: Tensor) -> Tensor:
-    rows = real.nonzero().flatten()
-    inverse = torch.empty_like(rows)
-    inverse[source[rows]] = rows
-    return inverse
-
-
-class _Scores:
-    """The scores of one block at a time, and the bias that hides what a query may not see."""
-
-    def __init__(self, layout: _Layout, group: int, scale: float, window: int | None, like: Tensor) -> None:
-        self.group, self.scale = group, scale
-        longest = layout.buckets[0].length
-        block, last_start = min(longest, BLOCK_TOKENS), (longest - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-        self.size = max(b.batch * min(b.length, BLOCK_TOKENS) * group * b.length for b in layout.buckets)
-        # columns: the keys from `before` ahead of a block's first query to the block's last query
-        self.before = last_start if window is None else min(last_start, window - 1)
-        back = torch.arange(block)[:, None] + self.before - torch.arange(self.before + block)
-        seen = (back >= 0) if window is None else (back >= 0) & (back < window)
-        bias = like.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-        self.bias = bias.repeat_interleave(group, 0)
-        self.like = like
-
-    def buffer(self) -> Tensor:
-        return self.like.new_empty(self.size)
-
-    def probabilities(self, q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:
-        """softmax(scale q k^T) [batch, rows, keys] of one block, written into the buffer."""
-        rows, keys = q.shape[1], k.shape[1]
-        out = buffer[: len(q) * rows * keys].view(len(q), rows, keys)
-        first = self.before + rows // self.group - keys
-        bias = self.bias[:rows, first : first + keys]
-        torch.baddbmm(bias, q, k.transpose(1, 2), alpha=self.scale, out=out)
-        return torch.softmax(out, -1, out=out)
-
-
-class _SegmentAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None
-    ) -> Tensor:
-        layout = _layout(segments, q.shape[1], k.shape[1])
-        group = q.shape[1] // k.shape[1]
-        queries, keys, values = _gather(q, layout.query_from), _gather(k, layout.key_from), _gather(v, layout.key_from)
-        out = torch.empty_like(queries)
-        scores = _Scores(layout, group, scale, window, queries)
-        buffer = scores.buffer()
-        for bucket in layout.buckets:
-            q_b, o_b = (bucket.queries(x, group) for x in (queries, out))
-            k_b, v_b = (bucket.keys(x) for x in (keys, values))
-            for start, end, first in bucket.blocks(window):
-                rows = slice(start * group, end * group)
-                p = scores.probabilities(q_b[:, rows], k_b[:, first:end], buffer)
-                torch.bmm(p, v_b[:, first:end], out=o_b[:, rows])
-        ctx.save_for_backward(queries, keys, values)
-        ctx.settings = layout, scores, window, q.dtype
-        return _scatter(out, layout.query_to, q.shape, q.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values = ctx.saved_tensors
-        layout, scores, window, dtype = ctx.settings
-        group = scores.group
-        grads = _gather(grad, layout.query_from).index_fill_(0, layout.query_pads, 0)
-        d_queries, d_keys, d_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        buffer, d_buffer = scores.buffer(), scores.buffer()
-        for bucket in layout.buckets:
-            q_b, g_b, dq_b = (bucket.queries(x, group) for x in (queries, grads, d_queries))
-            k_b, v_b, dk_b, dv_b = (bucket.keys(x) for x in (keys, values, d_keys, d_values))
-            for start, end, first in bucket.blocks(window):
-                rows, seen = slice(start * group, end * group), slice(first, end)
-                q_t, g_t = q_b[:, rows], g_b[:, rows]
-                p = scores.probabilities(q_t, k_b[:, seen], buffer)
-                dv_b[:, seen].baddbmm_(p.transpose(1, 2), g_t)
-                ds = torch.bmm(g_t, v_b[:, seen].transpose(1, 2), out=d_buffer[: p.numel()].view(p.shape))
-                torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
-                torch.bmm(ds, k_b[:, seen], out=dq_b[:, rows])
-                dk_b[:, seen].baddbmm_(ds.transpose(1, 2), q_t)
-        shape_q, shape_k = grad.shape, (grad.shape[0], grad.shape[1] // group, grad.shape[2])
-        return (
-            _scatter(d_queries.mul_(scores.scale), layout.query_to, shape_q, dtype),
-            _scatter(d_keys.mul_(scores.scale), layout.key_to, shape_k, dtype),
-            _scatter(d_values, layout.key_to, shape_k, dtype),
-            None,
-            None,
-            None,
-        )
-
-
-def _gather(x: Tensor, rows: Tensor) -> Tensor:
-    """[N, H, d] -> [rows, d], at least fp32: a 16 bit product on a CPU is slower and worse."""
-    gathered = x.reshape(-1, x.shape[-1]).index_select(0, rows)
-    return gathered.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _scatter(x: Tensor, rows: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return x.index_select(0, rows).view(shape).to(dtype)
-
-
-def _segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    out: Tensor = _SegmentAttention.apply(q, k, v, segments, scale, window)
-    return out
+    return segments.cached(("mask", window, device), make)
 
 
 Way = Callable[[Tensor, Tensor, Tensor, Segments, float, int | None], Tensor]
-WAYS: dict[str, Way] = {"varlen": _varlen, "efficient": _efficient, "segments": _segments, "mask": _mask}
+WAYS: dict[str, Way] = {"varlen": _varlen, "efficient": _efficient, "segments": segment_attention, "mask": _mask}
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> None:

@@ -12,12 +12,17 @@ from ibft.run import Datasets, build_trainer
 VOCAB = 97
 
 
-def tiny_model_config(model_type: str = "llama", *, layers: int = 3, hidden: int = 64):
-    """A transformers config; hidden and intermediate sizes are multiples of NF4's block of 64."""
+def tiny_model_config(model_type: str = "llama", *, layers: int = 3, hidden: int = 64, std: float = 0.02):
+    """A transformers config; hidden and intermediate sizes are multiples of NF4's block of 64.
+
+    "deepseek" is DeepSeek-Coder's kind of Llama: linear RoPE scaling and its own base.
+    """
     from transformers import AutoConfig
 
+    scaling = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100_000.0}}
     return AutoConfig.for_model(
-        model_type,
+        "llama" if model_type == "deepseek" else model_type,
+        **(scaling if model_type == "deepseek" else {}),
         vocab_size=VOCAB,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -25,6 +30,7 @@ def tiny_model_config(model_type: str = "llama", *, layers: int = 3, hidden: int
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=hidden // 4,
+        initializer_range=std,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -34,12 +40,19 @@ def tiny_model_config(model_type: str = "llama", *, layers: int = 3, hidden: int
 
 
 def save_tiny_model(folder, model_type: str = "llama", **sizes) -> str:
+    """Random weights on disk."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(tiny_model_config(model_type, **sizes), dtype=torch.float32).save_pretrained(
-        folder
-    )
+    model = AutoModelForCausalLM.from_config(tiny_model_config(model_type, **sizes), dtype=torch.float32)
+    for name, parameter in model.named_parameters():  # initialised alike, they would test nothing
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+        elif "norm" in name:
+            parameter.data.add_(0.2 * torch.randn(parameter.shape))
+    for parameter in model.parameters():  # so that a 16-bit and a 32-bit run start from the same numbers
+        parameter.data.copy_(parameter.to(torch.bfloat16))
+    model.save_pretrained(folder)
     return str(folder)
 
 

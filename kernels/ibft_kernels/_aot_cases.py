@@ -155,7 +155,7 @@ def _row_warps(columns: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda shape: {"num_warps": row_blocks(shape, columns)["num_warps"]}
 
 
-def _rms_norm_forward(element: str, shape: dict[str, Any], columns: int = HIDDEN) -> dict[str, Any]:
+def _rms_norm_forward(element: str, shape: dict[str, Any], *, columns: int = HIDDEN) -> dict[str, Any]:
     return {
         "x_ptr": element, "residual_ptr": element, "weight_ptr": element, "y_ptr": element, "h_ptr": element,
         "rstd_ptr": "*fp32", **SIZES, "stride_xn": "i32", "stride_rn": "i32", "COMPUTE": tl.float32, "EPS": 1e-5,
@@ -163,7 +163,7 @@ def _rms_norm_forward(element: str, shape: dict[str, Any], columns: int = HIDDEN
     }  # fmt: skip
 
 
-def _rms_norm_backward(element: str, shape: dict[str, Any], columns: int = HIDDEN) -> dict[str, Any]:
+def _rms_norm_backward(element: str, shape: dict[str, Any], *, columns: int = HIDDEN) -> dict[str, Any]:
     return {
         "dy_ptr": element, "dh_ptr": element, "h_ptr": element, "weight_ptr": element, "rstd_ptr": "*fp32",
         "dx_ptr": element, **SIZES, "stride_dyn": "i32", "stride_dhn": "i32", "stride_hn": "i32",

@@ -161,7 +161,7 @@ def _ib_bottleneck_backward(dtype: torch.dtype, device: torch.device) -> Work:
     )
 
 
-def _lora_backward(dtype: torch.dtype, device: torch.device, rank: int) -> tuple[Spec, dict[str, torch.Tensor], int]:
+def _lora_backward(dtype: torch.dtype, device: torch.device, rank: int) -> tuple[Spec, dict[str, Any], int]:
     """(spec, the tensors of `ib_lora_backward` with a trained encoder, flops)."""
     spec, dhidden, weight, flops = _encoder(dtype, device)
     (n_rows, width), n_pair, one = dhidden.shape, weight.shape[0], torch.ones(1, device=device)
@@ -187,9 +187,9 @@ def _ib_lora_backward_fused(dtype: torch.dtype, device: torch.device) -> Work:
 def _ib_lora_backward_routes(dtype: torch.dtype, device: torch.device) -> Work:
     """The whole op, dW included: two products of the same size, and LoRA's."""
     _, tensors, flops = _lora_backward(dtype, device, rank=32)
-    options = {"hidden": torch.randn_like(tensors["dhidden"]), "seed": 1, "scaling": 0.5, "needs_weight": True}
-    product_flops = 2 * tensors["dhidden"].numel() * tensors["weight"].shape[0]
-    return Work(lambda: ib_lora_backward(**tensors, **options), flops=flops + product_flops)
+    tensors |= {"hidden": torch.randn_like(tensors["dhidden"]), "needs_weight": True}
+    product_flops = 2 * tensors["hidden"].numel() * tensors["weight"].shape[0]
+    return Work(lambda: ib_lora_backward(**tensors, seed=1, scaling=0.5), flops=flops + product_flops)
 
 
 def _ib_bottleneck_routes(dtype: torch.dtype, device: torch.device) -> Work:

@@ -118,9 +118,10 @@ def _work(jobs: list[tuple[Breakage | None, str]]) -> int:
 
 
 PHILOX, DROPOUT, KL = "ops/_philox_triton.py", "ops/dropout.py", "ops/_ib_kl_triton.py"
-BOTTLENECK = "ops/_ib_bottleneck_triton.py"
+BOTTLENECK, LORA = "ops/_ib_bottleneck_triton.py", "ops/ib_lora_backward.py"
 CE, CE_LOOP, SCATTER = "ops/_cross_entropy_triton.py", "ops/linear_cross_entropy.py", "ops/_scatter_rows.py"
 FOLD, OBJECTIVE, NF4 = "ops/fold.py", "ops/objective.py", "ops/nf4.py"
+RMS, SWIGLU = "ops/rms_norm.py", "ops/swiglu.py"
 
 _PHILOX, _DROPOUT, _KL, _IB = "test_philox.py::", "test_dropout.py::", "test_ib_kl.py::", "test_ib_bottleneck.py::"
 _PHILOX_WORDS = _PHILOX + "test_words_equal_the_reference_bit_for_bit"
@@ -129,12 +130,20 @@ _DROPOUT_EQUAL = _DROPOUT + "test_equals_the_reference"
 _KL_EQUAL = _KL + "test_equals_float64_reference[triton-cpu-252-7-dtype0-1e-14]"
 _KL_REDUCE = _KL + "test_reductions_masks_and_normalizers"
 _IB_EQUAL = _IB + "test_equals_float64_reference"
+_LORA = "test_ib_lora_backward.py::"
+_LORA_EQUAL = _LORA + "test_equals_autograd_in_float64"
+_LORA_SCALED = _LORA + "test_the_scaling_is_a_number_of_the_call"
 _LCE = "test_linear_cross_entropy.py::"
 _LCE_CHUNKS = _LCE + "test_the_chunking_changes_rounding_only"
 _LCE_TORCH = _LCE + "test_equals_the_float64_reference[torch-cpu-252-123-507-dtype0-1e-13]"
 _LCE_EQUAL = _LCE + "test_equals_the_float64_reference[triton-cpu-252-123-507-dtype0-1e-13]"
 _NF4 = "test_nf4_dequantize.py::"
 _NF4_EQUAL = _NF4 + "test_equals_bitsandbytes"
+_RMS, _SWIGLU = "test_rms_norm.py::", "test_swiglu.py::"
+_RMS_EQUAL = _RMS + "test_equals_float64_reference[triton-cpu-70-507-dtype0-1e-13]"
+_RMS_TORCH = _RMS + "test_equals_float64_reference[torch-cpu-70-507-dtype0-1e-13]"
+_SWIGLU_EQUAL = _SWIGLU + "test_equals_float64_reference[triton-cpu-70-507-dtype0-1e-14]"
+_SWIGLU_TORCH = _SWIGLU + "test_equals_float64_reference[torch-cpu-70-507-dtype0-1e-14]"
 BREAKAGES = [
     # philox
     Breakage("philox: wrong counter word", PHILOX, "zero_nj + sample_n[:, None]", "zero_nj + position_n[:, None]",
@@ -202,12 +211,41 @@ BREAKAGES = [
              _IB_EQUAL),
     Breakage("bottleneck: dmu alone reaches hidden", BOTTLENECK, "dh_nd = tl.dot(dlv_nz, w_lv_zd, dh_nd,",
              "dh_nd = tl.dot(dmu_nz, w_mu_zd,", _IB_EQUAL),
-    Breakage("bottleneck: buffer overwritten", BOTTLENECK, "            if ADD:\n", "            if ADD and False:\n",
+    Breakage("bottleneck: buffer overwritten", BOTTLENECK, "dh_nd += tl.load(g_ptrs", "dh_nd += 0 * tl.load(g_ptrs",
              _IB + "test_adds_into_a_strided_buffer_and_touches_nothing_else"),
     Breakage("bottleneck: last columns of a split", BOTTLENECK, "split_tiles=triton.cdiv(column_tiles, splits)",
              "split_tiles=column_tiles // splits", _IB + "test_small_tiles"),
     Breakage("bottleneck: dmu stored for dlogvar", BOTTLENECK, "pair_offsets + n_latent, dlv_nz",
              "pair_offsets + n_latent, dmu_nz", _IB_EQUAL),
+    # ib_lora_backward
+    Breakage("lora: scaling dropped", BOTTLENECK, "(scaling * dlora_nr)", "(dlora_nr)", _LORA_SCALED),
+    Breakage("lora: what arrives from above dropped", BOTTLENECK, "dh_nd += tl.load(g_ptrs",
+             "dh_nd += 0 * tl.load(g_ptrs", _LORA_EQUAL),
+    Breakage("lora: multiplied before the sum", BOTTLENECK, "low_nd = dh_nd.to(",
+             "low_nd = (dh_nd - tl.load(g_ptrs + first_d, mask=mask_nd, other=0.0)).to(", _LORA_EQUAL),
+    Breakage("lora: dlogvar's half forgotten", BOTTLENECK, "dh_nd = tl.dot(dlv_nz, w_lv_zd, dh_nd,",
+             "dh_nd = tl.dot(dmu_nz, w_mu_zd,", _LORA_EQUAL),
+    Breakage("lora: B's first tile for all", BOTTLENECK, "lora_ptrs + first_d.to(tl.int64) * n_rank", "lora_ptrs",
+             _LORA_EQUAL),
+    Breakage("lora: the last tile alone", BOTTLENECK, "lora_dr, dlora_nr, input_precision", "lora_dr, input_precision",
+             _LORA_EQUAL),
+    Breakage("lora: B's rows not masked", BOTTLENECK, "mask_dr = mask_d[:, None] & mask_r[None, :]",
+             "mask_dr = (offs_d >= 0)[:, None] & mask_r[None, :]",
+             _LORA + "test_what_lies_beside_a_tensor_is_not_read"),
+    Breakage("lora: the first split's part alone", BOTTLENECK, "dlora_SNR[0] if splits == 1 else dlora_SNR.sum(dim=0)",
+             "dlora_SNR[0] if splits > 0 else dlora_SNR.sum(dim=0)", _LORA + "test_small_tiles"),
+    Breakage("lora: every split in one place", BOTTLENECK, "tl.program_id(1).to(tl.int64) * n_rows + rows_n", "rows_n",
+             _LORA + "test_small_tiles"),
+    Breakage("lora: gradient of masked tokens", BOTTLENECK,
+             "g_n = tl.where(tl.load(mask_ptr + rows_n, mask=mask_n, other=0) != 0, g_n, 0.0)", "g_n = g_n",
+             _LORA + "test_reductions_and_masks"),
+    Breakage("lora: rows of dhidden as of the total", BOTTLENECK, "rows_n[:, None] * stride_gn",
+             "rows_n[:, None] * n_hidden", _LORA + "test_inplace_writes_into_that_buffer_and_nowhere_else"),
+    Breakage("lora: buffer overwritten by the product", "ops/ib_bottleneck.py", "torch.addmm(g_ND, pair_N2Z, w_2ZD,",
+             "torch.addmm(g_ND, pair_N2Z, w_2ZD, beta=0,", _LORA_EQUAL),
+    Breakage("lora: noise not drawn again", LORA, "if spec.backend == \"torch\" and eps is None and dz_NZ is not None:",
+             "if False:", _LORA + "test_noise_is_philox"),
+    Breakage("lora: product not scaled", LORA, "beta=0.0, alpha=scaling", "beta=0.0, alpha=1.0", _LORA_SCALED),
     # linear_cross_entropy: kernel
     Breakage("ce: wrong sign of the one-hot", CE, "- tl.where(columns_v == label", "+ tl.where(columns_v == label",
              _LCE_EQUAL),
@@ -256,7 +294,53 @@ BREAKAGES = [
              _NF4 + "test_the_launcher_forbids_multiply_adds"),
     Breakage("nf4: absmax of the first chunk", NF4, "scale_B[first // blocksize :", "scale_B[0 :",
              _NF4 + "test_the_torch_path_works_in_chunks"),
+    # rms_norm
+    Breakage("rms: mean over the padding too", RMS, "axis=1) / n_columns + tl.full", "axis=1) / BLOCK_C + tl.full",
+             _RMS_EQUAL),
+    Breakage("rms: eps in fp32", RMS, "tl.full([], EPS, COMPUTE)", "tl.full([], EPS, tl.float32)", _RMS + "test_eps"),
+    Breakage("rms: norm of the unrounded sum", RMS, "h = rounded.to(COMPUTE)", "h += residual.to(COMPUTE)",
+             _RMS + "test_y_is_the_norm_of_the_h_that_goes_on"),
+    Breakage("rms: rounded after the weight only", RMS, "(h * rstd_n[:, None]).to(element).to(COMPUTE)",
+             "h * rstd_n[:, None]", _RMS + "test_the_normalised_value_rounds_before_the_weight"),
+    Breakage("rms: wrong row stride", RMS, "rows_n[:, None] * stride_rn", "rows_n[:, None] * stride_xn",
+             _RMS + "test_strided_rows_are_read_in_place"),
+    Breakage("rms: rows cut at 256 columns", RMS, "block_c = max(16, 1 <<", "block_c = min(256, 1 <<", _RMS_EQUAL),
+    Breakage("rms: mean gradient not along n", RMS, "(g - n * mean_n[:, None])", "(g - mean_n[:, None])", _RMS_EQUAL),
+    Breakage("rms: weight left out of the gradient", RMS, "g = dy * weight_c[None, :]", "g = dy", _RMS_EQUAL),
+    Breakage("rms: gradient at h replaces the other", RMS, "dx += tl.load(dh_ptr", "dx = tl.load(dh_ptr", _RMS_EQUAL),
+    Breakage("rms: gradient at h forgotten", RMS, "_backward_op(dy, dh, *ctx", "_backward_op(dy, None, *ctx",
+             _RMS_TORCH),
+    Breakage("rms: gradient at h alone is none", RMS, "        return dh\n", "        return None\n",
+             _RMS + "test_partial_gradients"),
+    Breakage("rms: saves a copy", RMS, "save_for_backward(h, weight", "save_for_backward(h.clone(), weight",
+             _RMS + "test_saved_bytes"),
+    # swiglu
+    Breakage("swiglu: first columns in every tile", SWIGLU, "tl.program_id(1) * BLOCK_I", "tl.program_id(1) * 0",
+             _SWIGLU_EQUAL),
+    Breakage("swiglu: columns not masked", SWIGLU, "(columns_i < n_columns)", "(columns_i >= 0)",
+             _SWIGLU + "test_halves_of_one_buffer_in_place"),
+    Breakage("swiglu: wrong row stride", SWIGLU, "dh_ptr + rows * stride_dn", "dh_ptr + rows * stride_gn",
+             _SWIGLU + "test_halves_of_one_buffer_in_place"),
+    Breakage("swiglu: rounded after the product only", SWIGLU, "s.to(h_ptr.dtype.element_ty).to(COMPUTE)", "s",
+             _SWIGLU + "test_h_is_what_transformers_computes"),
+    Breakage("swiglu: the same in backward", SWIGLU, "s.to(element).to(COMPUTE) * up", "s * up",
+             _SWIGLU + "test_h_is_what_transformers_computes"),
+    Breakage("swiglu: derivative of the sigmoid", SWIGLU, "(sigma * (1.0 + gate * (1.0 - sigma)))",
+             "(sigma * (1.0 - sigma))", _SWIGLU_EQUAL),
+    Breakage("swiglu: dup of sigma", SWIGLU, "(dh * s).to(element)", "(dh * sigma).to(element)", _SWIGLU_EQUAL),
+    Breakage("swiglu: overlap not looked for", SWIGLU, "    _check_apart(dh=dh, gate=gate, up=up)\n", "",
+             _SWIGLU + "test_shared_memory_is_refused_before_anything_is_written"),
+    Breakage("swiglu: halves may reach into the next row", SWIGLU, "% stride <= stride - width", "% stride",
+             _SWIGLU + "test_shared_memory_is_refused_before_anything_is_written"),
     # the torch path, what a CPU runs
+    Breakage("torch: rms gradient with the wrong sign", RMS, "addcmul_(h_nc, slope_n1, value=-1.0)",
+             "addcmul_(h_nc, slope_n1, value=1.0)", _RMS_TORCH),
+    Breakage("torch: rms gradient at h of the first rows", RMS, "g_nc.add_(dh_NC[rows])", "g_nc.add_(dh_NC[:n])",
+             _RMS + "test_the_torch_path_works_in_chunks"),
+    Breakage("torch: swiglu gradients exchanged", SWIGLU, "torch.mul(s, dh, out=up)", "torch.mul(s, up, out=up)",
+             _SWIGLU_TORCH),
+    Breakage("torch: swiglu rounds silu for dup", SWIGLU, "up.copy_(s.mul_(wide_dh))", "up.copy_(dh)",
+             _SWIGLU + "test_low_precision_against_the_truth"),
     Breakage("torch: sign of the one-hot", CE_LOOP, "torch.full_like(target_b1, -1, dtype=compute)",
              "torch.full_like(target_b1, 1, dtype=compute)", _LCE_TORCH),
     Breakage("torch: gradient of ignored rows", CE_LOOP, "if not none_ignored:", "if False:",

@@ -17,6 +17,7 @@ from ibft_kernels import (
     ib_bottleneck,
     ib_bottleneck_latent,
     ib_kl_loss,
+    ib_lora_backward,
     ib_objective,
     linear_cross_entropy,
     nf4_dequantize,
@@ -126,6 +127,26 @@ def ib_bottleneck_backward_into_cases(backend: str) -> Iterator[Case]:
         yield torch.randn(N, 2 * D)[:, D:], *shared, *needs
 
 
+def lora_backward_tail(backend: str) -> Iterator[Case]:
+    """What the two ops share, after dhidden: (dz, dkl, saved tensors, settings, needs_weight, needs_bias)."""
+    lora_b, scaling = torch.randn(D, 6), 0.37
+    for shared, needs in bottleneck_backward_tail(backend):
+        dz, dkl, h, w, pair, inverse, noise_ids, eps, mask, *settings = shared
+        yield dz, dkl, h, w, pair, inverse, lora_b, noise_ids, eps, mask, scaling, *settings, *needs
+        yield dz, dkl, h, w, pair, inverse, None, noise_ids, eps, mask, scaling, *settings, *needs
+
+
+def ib_lora_backward_cases(backend: str) -> Iterator[Case]:
+    for shared in lora_backward_tail(backend):
+        yield torch.randn(N, D), *shared
+    yield None, *shared
+
+
+def ib_lora_backward_into_cases(backend: str) -> Iterator[Case]:
+    for shared in lora_backward_tail(backend):
+        yield torch.randn(N, 2 * D)[:, D:], *shared
+
+
 def scatter_rows_cases(backend: str) -> Iterator[Case]:
     where = torch.tensor([1, 4, 6])
     yield torch.randn(3, D), torch.tensor(1.7), where, N, backend
@@ -208,6 +229,8 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "ib_bottleneck": ib_bottleneck_cases,
     "ib_bottleneck_backward": ib_bottleneck_backward_cases,
     "ib_bottleneck_backward_": ib_bottleneck_backward_into_cases,
+    "ib_lora_backward": ib_lora_backward_cases,
+    "ib_lora_backward_": ib_lora_backward_into_cases,
     "scatter_rows": scatter_rows_cases,
     "linear_cross_entropies": linear_cross_entropies_cases,
     "nf4_dequantize": nf4_dequantize_cases,
@@ -277,6 +300,17 @@ def latent_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: t
     return latent.z.square().mean() + latent.kl + latent.mu.mean() + latent.logvar.mean()
 
 
+def lora_backward_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Out of place, then into a buffer. It is a backward, so x's gradient flows beside it."""
+    rows, one = x.detach().view(-1, Z), x.new_ones(1)
+    options = {"seed": seed, "noise_ids": noise_ids.view(-1, 3), "needs_bias": True, "backend": backend}
+    encoder = ENCODER.weight, torch.cat([rows, rows.cos()], dim=1), one
+    first = ib_lora_backward(rows, rows.sin(), one[0], *encoder, HEAD.weight[:Z].t(), scaling=0.5, **options)
+    buffer = rows * first.dbias[:Z]
+    second = ib_lora_backward(buffer, rows.cos(), None, *encoder, None, inplace=True, **options)
+    return x * (first.dhidden @ UP.weight + first.dlora + buffer + second.dbias[Z:]).view(x.shape)
+
+
 def cross_entropy_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     loss = linear_cross_entropy(x, HEAD.weight, LABELS, bias=HEAD.bias, rows=ROWS, backend=backend)
     return loss * (seed % 7 + 1)  # it draws nothing itself
@@ -341,6 +375,7 @@ GRAPHS = {
     "ib_kl_loss": ib_kl_graph,
     "ib_bottleneck": bottleneck_graph,
     "ib_bottleneck_latent": latent_graph,
+    "ib_lora_backward": lora_backward_graph,
     "linear_cross_entropy": cross_entropy_graph,
     "nf4_dequantize": nf4_graph,
     "fold_head": fold_graph,
@@ -351,7 +386,8 @@ GRAPHS = {
     "swiglu_forward": swiglu_graph,
     "swiglu_backward_": swiglu_backward_graph,
 }
-NO_OP = {"FoldedHead", "Latent", "Linear", "ObjectiveParts", "fold_pays", "noise_key"}  # containers; host arithmetic
+# containers; host arithmetic
+NO_OP = {"FoldedHead", "IBLoraGradients", "Latent", "Linear", "ObjectiveParts", "fold_pays", "noise_key"}
 
 
 def test_every_public_op_has_a_graph():

@@ -109,6 +109,7 @@ def latent_gradients(
     else:
         grads = _backward_torch(spec, mu_NZ, logvar_NZ, spare["eps"], spare, dz_NZ, dkl, both)
         for half_NZ, grad_NZ in zip(halves, grads, strict=True):
+            assert grad_NZ is not None
             half_NZ.copy_(grad_NZ)
     return pair_N2Z
 

@@ -83,7 +83,6 @@ def _gradients(
     spare = {"ids": noise_ids, "eps": eps, "mask": mask, "inverse": None if reduction == "none" else inverse}
     w_low = w_2ZD.to(dtype).contiguous()
     lora_low = None if lora_DR is None else lora_DR.to(dtype).contiguous()
-    dlora_NR: torch.Tensor | None = None
     if spec.backend == "fused":
         pair_N2Z, dlora_NR = backward_fused(
             spec, mulogvar_N2Z, w_low, key, spare, dz_NZ, dkl, total_ND, g_ND=g_ND,

@@ -32,7 +32,7 @@ from ._rows import FLOATS, as_rows
 __all__ = ["add_rms_norm", "rms_norm"]
 
 WIDEST = 1 << 14  # columns that a program can hold: 16 a thread
-CPU_CHUNK = 1 << 17  # elements that the torch path works on at once on a CPU: its buffers stay in cache
+CPU_CHUNK = 1 << 18  # elements that the torch path works on at once on a CPU: its buffers stay in cache
 
 
 def _dtypes(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
