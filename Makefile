@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: train test soak tune bench bench-gpu gpu-test lint format venv clean
+.PHONY: train test soak tune bench bench-gpu profile gpu-test lint format venv clean
 
 train: $(READY)
 	$(PY) -m ibft.cli train $(ARGS)
@@ -35,6 +35,9 @@ bench: $(READY)
 
 bench-gpu: $(READY)
 	$(PY) -m pytest benchmarks -m gpu $(ARGS)
+
+profile: $(READY)
+	$(PY) benchmarks/profile_step.py $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -160,7 +160,7 @@ def load_base(name_or_path: str, *, dtype: torch.dtype, device: torch.device) ->
 
 
 def keep_weights_unpacked(model: nn.Module) -> nn.Module:
-    """On some CPUs a no-grad forward of Linear4bit repacks its weight, and later gradients are wrong (see `ibft.nf4`)."""
+    """On some CPUs a no-grad forward of Linear4bit repacks its weight; gradients are then wrong (see `ibft.nf4`)."""
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():

@@ -9,8 +9,8 @@ ours, an autograd node, a range that this script puts around a part of the train
 name decides: products, or element-wise. A backward node that runs outside its range (autograd's thread on a GPU) is
 found by the sequence number that it shares with its forward.
 
-What is left: `other` is what ran and is in no list here: views, allocation, bookkeeping of autograd and of the
-profiler. `idle` is the rest of the wall time, in which the profiler saw no op (no kernel): Python, and gaps between
+What is left: `other` is what ran and is in no list here: views, allocation, the own time of autograd and of our nodes'
+Python. `idle` is the rest of the wall time, in which the profiler saw no op (no kernel): Python, and gaps between
 launches. The shares are of the profiled wall time and add up to it; the profiler's own cost inflates `idle` and `other`
 most, so the step's time without it is printed too.
 
@@ -62,7 +62,7 @@ SCOPES = [
         ("attention", r"[aA]ttention|flash|fmha|^aten::_softmax"),
     ]
 ]
-PRODUCTS = re.compile(r"^aten::(_?addmm_?|mm|bmm|baddbmm_?|addmv_?|mv|dot|linear|matmul|_scaled_mm)$|gemm|cutlass|cublas")
+PRODUCTS = re.compile(r"^aten::(_?addmm_?|mm|bmm|baddbmm_?|addmv_?|mv|dot|linear|matmul)$|gemm|cutlass|cublas")
 ELEMENTWISE = re.compile(
     r"^aten::_?(abs|add|addcdiv|addcmul|all|amax|any|arange|argmax|bitwise_\w+|cat|ceil|clamp\w*|clone|copy|cos|cumsum|"
     r"div|embedding|eq|exp|fill|floor|gather|ge|gt|index\w*|isfinite|isnan|le|log|logical_\w+|lt|masked_\w+|max|mean|"
@@ -82,7 +82,7 @@ def scope_of(names: Iterable[str]) -> str | None:
 
 
 def category_of(names: list[str], forward: str | None = None) -> str:
-    """The category of an op by its name and those around it, outwards; `forward`: that of its node's forward."""
+    """The category of an op by its name and those around it, outwards; `forward`: the scope of its node's forward."""
     if scope := scope_of(names) or forward:
         return scope
     for name in names:

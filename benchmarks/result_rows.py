@@ -1,4 +1,4 @@
-"""Rows of benchmarks/results/<device>/<bench>.csv: the one writer, for the `record` fixture and for the step benchmarks."""
+"""Rows of benchmarks/results/<device>/<bench>.csv: the one writer, of the `record` fixture and the step benchmarks."""
 
 import csv
 import platform
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_row(bench: str, device: torch.device, times_ms: Sequence[float] | None, **columns: object) -> None:
-    """Append the columns, p50, p20 and p80 of the times (blank where there is none; no such columns for None), device,
+    """Append the columns, p50, p20 and p80 of the times (blank where there are none; None: no such columns), device,
     versions, commit and date.
 
     Raises:

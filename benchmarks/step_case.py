@@ -35,7 +35,7 @@ from ibft.model import load_model_config, load_tokenizer, resolve_layer
 from ibft.noise import Z_STREAM
 from ibft.optim import gradient_norms
 from ibft.run import Datasets, build_trainer, load_data
-from ibft_kernels import philox_normal
+from ibft_kernels import noise_key, philox_normal
 
 MIB, GIB = 1 << 20, 1 << 30
 PROVIDERS = ("ours", "ours, alpha = 0", "hf", "hf, alpha = 0", "unsloth, alpha = 0")
@@ -155,11 +155,12 @@ def check(
     batch = replace(batch, kl_mask=everywhere, num_kl_tokens=everywhere.numel())
     _spread_lora(trainer)
     ours = _losses_of_ours(trainer, batch)
-    seed, weights = trainer.noise.key(Z_STREAM), _weights(trainer)
+    weights = _weights(trainer)
     del trainer
     _free()
     plain = make_plain()
     _load_weights(plain, weights)
+    seed = noise_key(config.runtime.seed, Z_STREAM)
     eps = philox_normal(seed, batch.noise_ids.view(-1, 3), config.ib.latent_dim).view(*batch.input_ids.shape, -1)
     theirs = _losses_of_plain(plain, PlainBatch.of(batch).to(plain.device), eps.to(plain.device))
     pairs = {name: (ours[name], theirs[name]) for name in ours}
@@ -336,20 +337,14 @@ def run_case(
         held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     times: list[float] = []
     result, tokens = "ok", length
-    step: Step | None = None
     try:
-        step = shape_step(shape, provider, config, device, dtype)
-        for i in range(warmup):
-            tokens = step(i)
-        for i in range(rounds):
-            times.append(timed_ms(lambda i=i: step(i), device))
+        tokens, times = _warm_and_timed(shape_step(shape, provider, config, device, dtype), device, warmup, rounds)
     except torch.OutOfMemoryError:
-        result, times = "out of memory", []
+        result = "out of memory"
     peaks = {}
     if on_gpu:
         peaks["peak_mib"] = f"{(torch.cuda.max_memory_allocated(device) - held[0]) / MIB:.0f}"
         peaks["peak_reserved_mib"] = f"{(torch.cuda.max_memory_reserved(device) - held[1]) / MIB:.0f}"
-    del step
     _free()
     rates = {}
     if times:
@@ -365,6 +360,15 @@ def run_case(
         dtype=str(dtype)[6:], card_gib=card_gib or "", result=result, rounds=len(times), **rates, **peaks,
     )  # fmt: skip
     return columns, times
+
+
+def _warm_and_timed(step: Step, device: torch.device, warmup: int, rounds: int) -> tuple[int, list[float]]:
+    """(real tokens of a step, time of each round in ms)."""
+    for i in range(warmup):
+        step(i)
+    tokens: list[int] = []
+    times = [timed_ms(lambda i=i: tokens.append(step(i)), device) for i in range(rounds)]
+    return tokens[0], times
 
 
 def check_shape(shape: str, device: torch.device, *, length: int = 256) -> dict[str, tuple[float, float]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["segment_attention"]
 
-BLOCK_TOKENS = 96  # queries of one product
+BLOCK_TOKENS = 48  # queries of one product
 SCORES_BUDGET = 2**18  # scores of one product: 1 MiB of fp32, about a core's cache
 LIKE_LENGTHS = 0.8  # segments share a bucket if the shortest is at least so much of the longest
 
@@ -122,7 +122,7 @@ class _SegmentAttention(torch.autograd.Function):
             k_b, v_b = (bucket.keys(x) for x in (keys, values))
             for rows, seen in plan.blocks(bucket):
                 p = plan.probabilities(q_b[:, rows], k_b[:, seen], scale, buffer)
-                torch.bmm(p, v_b[:, seen], out=o_b[:, rows])  # into a given tensor: autocast leaves it alone
+                _multiply(p, v_b[:, seen], o_b[:, rows])
         ctx.save_for_backward(queries, keys, values)
         ctx.plan, ctx.scale, ctx.dtype, ctx.kv_shape = plan, scale, q.dtype, k.shape
         return _scatter(out, plan.query_to, q.shape, q.dtype)
@@ -140,15 +140,34 @@ class _SegmentAttention(torch.autograd.Function):
             k_b, v_b, dk_b, dv_b = (bucket.keys(x) for x in (keys, values, d_keys, d_values))
             for rows, seen in plan.blocks(bucket):
                 p = plan.probabilities(q_b[:, rows], k_b[:, seen], scale, buffer)
-                dv_b[:, seen].baddbmm_(p.transpose(1, 2), g_b[:, rows])
+                _multiply_add(p.transpose(1, 2), g_b[:, rows], dv_b[:, seen])
                 ds = d_buffer[: p.numel()].view(p.shape)
-                torch.bmm(g_b[:, rows], v_b[:, seen].transpose(1, 2), out=ds)
+                _multiply(g_b[:, rows], v_b[:, seen].transpose(1, 2), ds)
                 torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
-                torch.bmm(ds, k_b[:, seen], out=dq_b[:, rows])
-                dk_b[:, seen].baddbmm_(ds.transpose(1, 2), q_b[:, rows])
+                _multiply(ds, k_b[:, seen], dq_b[:, rows])
+                _multiply_add(ds.transpose(1, 2), q_b[:, rows], dk_b[:, seen])
         dq = _scatter(d_queries.mul_(scale), plan.query_to, grad.shape, ctx.dtype)
         dk = _scatter(d_keys.mul_(scale), plan.key_to, ctx.kv_shape, ctx.dtype)
         return dq, dk, _scatter(d_values, plan.key_to, ctx.kv_shape, ctx.dtype), None, None
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b. Given a strided result, torch would multiply matrix by matrix; a copy is cheaper.
+
+    Always into a given tensor: autocast leaves that alone.
+    """
+    if out.is_contiguous():
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a, b, out=out.new_empty(out.shape)))
+
+
+def _multiply_add(a: Tensor, b: Tensor, total: Tensor) -> None:
+    """total += a b, for the same reason in two steps where total is strided."""
+    if total.is_contiguous():
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b, out=total.new_empty(total.shape))
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:

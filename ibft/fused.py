@@ -77,18 +77,19 @@ def why_not_linear(module: nn.Module) -> str | None:
 
 def projection_of(module: nn.Module) -> LoraProjection:
     """The frozen layer and its adapter, as the kernels read them."""
-    base: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+    lora: Any = module
+    base: Any = lora.get_base_layer() if hasattr(lora, "get_base_layer") else lora
     weight = base if isinstance(base, NF4Linear) else base.weight
-    if base is module:
+    if base is lora:
         return LoraProjection(weight, base.bias)
-    a, b, scale = (getattr(module, name)[ADAPTER] for name in ("lora_A", "lora_B", "scaling"))
+    a, b, scale = lora.lora_A[ADAPTER], lora.lora_B[ADAPTER], lora.scaling[ADAPTER]
     return LoraProjection(weight, base.bias, a.weight, b.weight, scale)
 
 
 class SharedInput:
     """The linear layers that read one input: their projections, their shadow, their dropout."""
 
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self, *modules: Any) -> None:
         self.modules = modules
         self.projections = [projection_of(module) for module in modules]
         self.base_only = [LoraProjection(p.weight, p.bias) for p in self.projections]

@@ -157,10 +157,11 @@ class IBObjective(nn.Module):
         """The loss of one micro-batch.
 
         Args:
-            last_hidden: [B, T, D] after the final norm. tapped: [B, T, D] hidden_states[layer], or the latent that
-            a fused block made of them; None without bottleneck. lm_head: an `nn.Linear`, frozen or not. labels: [B, T] as Hugging Face has them; or
-            `label_rows` [M] (flat b*T+t, increasing) with `targets` [M], already shifted. kl_mask: [B, T] bool, the
-            tokens of the KL; None for all positions. seed, noise_ids, eps: of the noise, as in `ib_kl_loss`.
+            last_hidden: [B, T, D] after the final norm. tapped: [B, T, D] hidden_states[layer], or the latent that a
+            fused block made of them; None without bottleneck. lm_head: an `nn.Linear`, frozen or not. labels: [B, T] as
+            Hugging Face has them; or `label_rows` [M] (flat b*T+t, increasing) with `targets` [M], already shifted.
+            kl_mask: [B, T] bool, the tokens of the KL; None for all positions. seed, noise_ids, eps: of the noise, as
+            in `ib_kl_loss`.
             label_normalizer: label tokens of the *whole optimizer step*, so that accumulation is exact; default M.
             kl_normalizer: the same for the KL's tokens; default: those of kl_mask. fold: the step's `fold(...)`;
             default: each call folds for itself, or not. collect: also return `latent_sums` for logging.

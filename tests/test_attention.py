@@ -94,6 +94,16 @@ def test_float64_is_the_naive_softmax(way, query_heads, kv_heads, window):
     assert max(differences(found, expected)) < 1e-13
 
 
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_a_window_means_what_transformers_means(window):
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    sees = sliding_window_causal_mask_function(window)
+    place = torch.arange(9)
+    expected = sees(0, 0, place[:, None], place).expand(9, 9)
+    assert torch.equal(attention._block_mask(Segments.of([9]), window, torch.device("cpu")), expected)
+
+
 @pytest.mark.parametrize("window", [None, 5, 40])
 @pytest.mark.parametrize("block", [8, 32])
 def test_long_segments_take_several_blocks(monkeypatch, block, window):

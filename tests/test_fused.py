@@ -10,7 +10,7 @@ from ibft.context import BatchContext
 from ibft.data.collate import collate
 from ibft.fused import fuse
 from ibft.recompute import set_recompute
-from ibft_kernels import LoraProjection, _dispatch, _ownership
+from ibft_kernels import LoraProjection, _dispatch
 from ibft_kernels.ops import ib_lora_mlp as tap_module
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "deepseek"]
@@ -95,7 +95,7 @@ def test_checkpointing_of_the_unfused_path(folders):
 )
 def test_settings(folders, settings):
     (parts, grads, _), (expected_parts, expected, _) = (
-        step(folders("qwen2"), "lora.dropout=0.2", *settings, fused=fused) for fused in (True, False)
+        step(folders("llama"), "lora.dropout=0.2", *settings, fused=fused) for fused in (True, False)
     )
     torch.testing.assert_close(parts.loss, expected_parts.loss, rtol=1e-5, atol=0)
     assert grads.keys() == expected.keys()
@@ -149,7 +149,7 @@ def test_thirty_steps_agree(folders, packing):
     for key in ("loss", "ce", "kl", "ce_z"):
         left, right = (torch.tensor([row[key] for row in rows], dtype=torch.float64) for rows in (fused, plain))
         torch.testing.assert_close(left, right, rtol=1e-3, atol=0)
-    assert fused[-1]["loss"] < 0.7 * fused[0]["loss"]
+    assert fused[-1]["loss"] < fused[0]["loss"] - 0.15
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -222,7 +222,9 @@ def test_another_architecture_keeps_its_forward():
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.nn.GELU()
     fused = fuse(model, BatchContext(0))
-    assert fused.notices() == ["layers.0.mlp and 2 more: PEFT's own forward, without the fused kernels (the activation GELU)"]
+    assert fused.notices() == [
+        "layers.0.mlp and 2 more: PEFT's own forward, without the fused kernels (the activation GELU)"
+    ]
     assert fused.packs
 
 
@@ -290,9 +292,9 @@ def test_masters_are_rounded_once_a_step_and_before_each_evaluation(folders, mon
 @pytest.mark.parametrize(("mode", "wide"), [("none", 2), ("mlp", 0)])
 @pytest.mark.parametrize("interpreted", [True, False])
 def test_saved_bytes_of_a_layer(folders, monkeypatch, mode, wide, interpreted):
-    """A block's LoRA layers save their inputs (X of qkv, o, MLP), gate, up and the low-rank products, and no more. Norms
-    save their input and a number a row; attention q, k, v, its output and a number a row and head; rotation nothing.
-    The torch path adds a byte an element for dropout's masks, which the Triton path recomputes.
+    """A block's LoRA layers save their inputs (X of qkv, o, MLP), gate, up and the low-rank products, and no more.
+    Norms save their input and a number a row; attention q, k, v, its output and a number a row and head; rotation
+    nothing. The torch path adds a byte an element for dropout's masks, which the Triton path recomputes.
     """
     monkeypatch.setattr(_dispatch, "INTERPRETED", interpreted)
     dropout = 0.3
@@ -312,12 +314,12 @@ def test_saved_bytes_of_a_layer(folders, monkeypatch, mode, wide, interpreted):
     hidden = torch.randn(1, 60, 64, requires_grad=True)
     tables = trainer.model.get_base_model().model.rotary_emb(hidden, batch.position_ids)
     outside |= {table.untyped_storage().data_ptr() for table in tables}
-    with trainer.context.batch(batch.noise_ids, batch.segments):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = block(hidden, position_embeddings=tables)
-    N, D, I, R, heads, kv = 60, 64, 128, 4, 4, 32
-    lora = 4 * (3 * D + wide * I + (3 + 1 + 2 + 1) * R)  # X of qkv, o and the MLP; gate, up; x A^T
-    masks = 0 if interpreted else 3 * D + I  # of each input
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with trainer.context.batch(batch.noise_ids, batch.segments), saving:
+        out = block(hidden, position_embeddings=tables)
+    N, D, W, R, heads, kv = 60, 64, 128, 4, 4, 32
+    lora = 4 * (3 * D + wide * W + (3 + 1 + 2 + 1) * R)  # X of qkv, o and the MLP; gate, up; x A^T
+    masks = 0 if interpreted else 3 * D + W  # of each input
     norms = 4 * (2 * D + 2)
     attention = 4 * (D + 2 * kv + D + heads)  # q, k, v, output, logsumexp; the output is also o's X
     found = sum(x.untyped_storage().nbytes() if x._is_view() else x.nbytes for x in unique(saved.values()))
@@ -340,12 +342,12 @@ def tapped_node(seed=0):
     def leaf(*shape):
         return (0.3 * torch.randn(*shape, dtype=torch.float64)).requires_grad_()
 
-    D, I, R, Z, N = 12, 20, 3, 5, 7
+    D, W, R, Z, N = 12, 20, 3, 5, 7
 
     def projection(o, i):
         return LoraProjection(torch.randn(o, i, dtype=torch.float64) * i**-0.5, None, leaf(R, i), leaf(o, R))
 
-    gate, up, down = projection(I, D), projection(I, D), projection(D, I)
+    gate, up, down = projection(W, D), projection(W, D), projection(D, W)
     x, weight = leaf(N, D), leaf(2 * Z, D)
     masters = [m for p in (gate, up, down) for m in (p.lora_a, p.lora_b)]
 

@@ -22,8 +22,9 @@ __all__ = ["calibrate", "graph_is_kept", "owns"]
 _measured: list[tuple[int, int, int]] = []
 
 
-def _storage_count(x: torch.Tensor) -> int:
-    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+def _counts(x: Any) -> tuple[int, int]:
+    """References to the tensor and to its storage."""
+    return x._use_count(), torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
 class _Probe(torch.autograd.Function):
@@ -40,7 +41,7 @@ class _Probe(torch.autograd.Function):
 
 
 def _record(grad: torch.Tensor) -> None:
-    _measured.append((grad._use_count(), _storage_count(grad), sys.getrefcount(grad)))
+    _measured.append((*_counts(grad), sys.getrefcount(grad)))
 
 
 @cache
@@ -66,7 +67,7 @@ def owns(grad: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()  # a double backward records what it is handed
         and not grad._is_view()
         and grad.is_contiguous()
-        and (grad._use_count(), _storage_count(grad), sys.getrefcount(grad)) == expected
+        and (*_counts(grad), sys.getrefcount(grad)) == expected
     )
 
 

@@ -58,6 +58,7 @@ def test_unpacked_batch_by_hand():
     assert batch.kl_mask.tolist() == [[True] * 4, [True, True, True, False]]
     assert batch.noise_ids[1].tolist() == [[3, 9, 0], [3, 9, 1], [3, 9, 2], [3, 9, 3]]
     assert (batch.num_label_tokens, batch.num_kl_tokens, batch.num_tokens) == (4, 7, 7)
+    assert batch.segments is None
     assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.attention_mask)} == {torch.int64}
     assert (batch.label_rows.dtype, batch.targets.dtype) == (torch.int64, torch.int64)
     assert (batch.kl_mask.dtype, batch.noise_ids.dtype) == (torch.bool, torch.int32)
@@ -75,6 +76,9 @@ def test_packed_batch_by_hand():
     assert batch.noise_ids[0, :, 1].tolist() == [4, 4, 4, 9, 9, 9, 9]
     assert batch.noise_ids[0, :, 2].tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert (batch.num_label_tokens, batch.num_kl_tokens, batch.num_tokens) == (3, 3, 5)
+    assert batch.segments is not None
+    assert batch.segments.lengths == (3, 2, 2)  # the padding last
+    assert batch.segments.cu_seqlens.tolist() == [0, 3, 5, 7]
 
 
 def test_kl_tokens_all_counts_the_padding():
@@ -97,6 +101,13 @@ def test_to_moves_every_tensor_and_keeps_the_counts():
     assert len(tensors) == 7
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert (moved.num_label_tokens, moved.num_kl_tokens, moved.num_tokens) == (1, 2, 2)
+
+
+def test_to_moves_the_segments():
+    moved = collate([[(0, Sample([5, 6], 1))]], epoch=0, pad_id=PAD, kl_tokens="real", packed=True).to("meta")
+    assert moved.segments is not None
+    assert moved.segments.cu_seqlens.device.type == "meta"
+    assert moved.segments.lengths == (2,)  # a full row has no padding
 
 
 @pytest.mark.parametrize(
@@ -179,6 +190,18 @@ def test_a_packed_row_holds_whole_samples_within_the_length(data):
             samples.subtract(Counter(tuple(segment.tolist()) for segment in segments))
     assert not +samples
     assert not -samples
+
+
+@given(data=datasets(), pad_to=st.sampled_from([None, MAX_LENGTH, MAX_LENGTH + 3]))
+def test_segments_are_the_runs_of_the_positions(data, pad_to):
+    """One segment a sample and one for each row's padding: where transformers would see a new one from position_ids."""
+    for batch in (batch for step in epoch_steps(data, packing=True, pad_to=pad_to) for batch in step):
+        assert batch.segments is not None
+        starts = (batch.position_ids.flatten() == 0).nonzero().flatten().tolist()
+        assert batch.segments.cu_seqlens.tolist() == [*starts, batch.input_ids.numel()]
+        assert batch.segments.lengths == tuple(b - a for a, b in pairwise(batch.segments.cu_seqlens.tolist()))
+        assert batch.segments.max_length == max(batch.segments.lengths)
+    assert all(batch.segments is None for step in epoch_steps(data, pad_to=pad_to) for batch in step)
 
 
 @given(data=datasets(), packing=st.booleans(), kl_tokens=st.sampled_from(["real", "response"]))

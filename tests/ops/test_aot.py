@@ -34,6 +34,19 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path):
         if not _aot_cases.CASES[kernel].dot:
             assert int(registers) <= 128, (kernel, arch, "two blocks of 256 threads must fit an SM")
         assert int(local_bytes) == 0, (kernel, arch)
+    for kernel, dtype, arch, *_, mma, _ in table:
+        if kernel in ("ib_lora_backward", "ib_lora_backward:widest") and dtype != "fp32" and arch != "sm_75":
+            assert int(mma) <= 1.1 * least_mma(kernel, dtype, arch), (kernel, arch, "warps repeat each other's work")
+
+
+def least_mma(kernel: str, dtype: str, arch: str) -> float:
+    """Of 16 x 8 x 16, a warp: what the tiles of the fused LoRA+IB backward need if each is computed once."""
+    case = _aot_cases.CASES[kernel]
+    shape = _launch.stored_shape(arch, _launch.shape_key(case.launch, arch, aot.TORCH_DTYPES[dtype]))
+    rank = case.arguments(f"*{dtype}", shape)["BLOCK_R"]
+    rows, columns = shape["BLOCK_N"] / 16, shape["BLOCK_D"]
+    per_tile = rows * (columns / 8) * (2 * shape["BLOCK_Z"] / 16) + rows * (rank / 8) * (columns / 16)
+    return per_tile / shape["num_warps"]
 
 
 FINE = {"registers": 64, "shared_bytes": 32 << 10, "tensor_cores": 32, "wide_loads": 4}

@@ -20,7 +20,7 @@ from ibft_kernels import (
 )
 from ibft_kernels.ops import lora_mlp as mlp_module
 
-N, D, I, R, Z = 19, 36, 52, 5, 7
+N, D, W, R, Z = 19, 36, 52, 5, 7
 TIGHT = {torch.float64: 1e-9, torch.float32: 2e-5}
 
 
@@ -60,7 +60,9 @@ def masters(*projections):
 
 def ids(*shape):
     rows = math.prod(shape)
-    return torch.stack([torch.full((rows,), 3), torch.arange(rows) // 5, torch.arange(rows) % 5], 1).int().view(*shape, 3)
+    return (
+        torch.stack([torch.full((rows,), 3), torch.arange(rows) // 5, torch.arange(rows) % 5], 1).int().view(*shape, 3)
+    )
 
 
 def gradients(outputs, leaves):
@@ -80,19 +82,17 @@ def assert_same(run, leaves, dtype):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_linear(backend, dtype, p, quantized):
-    layer = projection(I, D, quantized=quantized, dtype=dtype)
+    layer = projection(W, D, quantized=quantized, dtype=dtype)
     x = leaf(2, N, D, dtype=dtype)
     dropout = Dropout(p, 11, ids(2, N))
-    assert_same(
-        lambda ops: ops.lora_linear(x, layer, dropout=dropout, backend=backend), [x, *masters(layer)], dtype
-    )
+    assert_same(lambda ops: ops.lora_linear(x, layer, dropout=dropout, backend=backend), [x, *masters(layer)], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("adapted", ["qkv", "qv", "k", ""])
 def test_qkv(backend, dtype, adapted):
     """Unequal widths and ranks; an adapter on all, on some, on none; biases on some."""
-    sizes = {"q": (I, 5), "k": (24, 3), "v": (24, 8)}
+    sizes = {"q": (W, 5), "k": (24, 3), "v": (24, 8)}
     q, k, v = (
         projection(out, D, rank=rank, adapter=name in adapted, bias=name != "k", quantized=name != "v", dtype=dtype)
         for name, (out, rank) in sizes.items()
@@ -108,7 +108,7 @@ def test_qkv(backend, dtype, adapted):
 def test_mlp(backend, dtype, recompute, adapted):
     gate, up, down = (
         projection(o, i, adapter=name in adapted, bias=name == "up", quantized=name != "up", dtype=dtype)
-        for name, o, i in (("gate", I, D), ("up", I, D), ("down", D, I))
+        for name, o, i in (("gate", W, D), ("up", W, D), ("down", D, W))
     )
     x = leaf(3, N, D, dtype=dtype)
     settings = {"dropout": Dropout(0.3, 1, ids(3, N)), "down_dropout": Dropout(0.1, 2, ids(3, N))}
@@ -123,7 +123,7 @@ def test_mlp(backend, dtype, recompute, adapted):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_tapped_mlp(backend, reduction, adapted, recompute):
     gate, up, down = (
-        projection(o, i, adapter=name in adapted) for name, o, i in (("gate", I, D), ("up", I, D), ("down", D, I))
+        projection(o, i, adapter=name in adapted) for name, o, i in (("gate", W, D), ("up", W, D), ("down", D, W))
     )
     x, residual, weight, bias = leaf(2, N, D), leaf(2, N, D), leaf(2 * Z, D), leaf(2 * Z)
     mask = torch.rand(2, N) < 0.6
@@ -144,7 +144,7 @@ def test_tapped_mlp(backend, reduction, adapted, recompute):
 @pytest.mark.parametrize("outputs", ["hidden", "z", "kl", "z kl"])
 def test_tapped_mlp_with_some_gradients_absent(backend, outputs):
     """Nothing arrives from above, or not from the objective: what is absent counts as zero."""
-    gate, up, down = (projection(o, i) for o, i in ((I, D), (I, D), (D, I)))
+    gate, up, down = (projection(o, i) for o, i in ((W, D), (W, D), (D, W)))
     x, residual, weight = leaf(N, D), leaf(N, D), leaf(2 * Z, D)
     leaves = [x, residual, *masters(gate, up, down)]
 
@@ -183,7 +183,7 @@ def test_low_precision_is_as_near_the_truth(dtype, recompute):
 
 def test_only_what_is_asked_for(backend):
     """No gradient of x: none is computed; masters that do not train get none."""
-    layer = projection(I, D)
+    layer = projection(W, D)
     x = leaf(N, D).detach()
     y = lora_linear(x, layer, backend=backend)
     a, b = torch.autograd.grad(y.sum(), masters(layer))
@@ -198,7 +198,7 @@ def test_only_what_is_asked_for(backend):
 
 def test_twice_with_the_graph_kept(backend):
     """Backward writes into what forward saved only if nobody will read it again."""
-    gate, up, down = (projection(o, i) for o, i in ((I, D), (I, D), (D, I)))
+    gate, up, down = (projection(o, i) for o, i in ((W, D), (W, D), (D, W)))
     x, residual, weight = leaf(N, D), leaf(N, D), leaf(2 * Z, D)
     leaves = [x, *masters(gate, up, down)]
     for y in (
@@ -212,7 +212,7 @@ def test_twice_with_the_graph_kept(backend):
 
 
 def test_that_test_would_notice(monkeypatch):
-    gate, up, down = (projection(o, i) for o, i in ((I, D), (I, D), (D, I)))
+    gate, up, down = (projection(o, i) for o, i in ((W, D), (W, D), (D, W)))
     x = leaf(N, D)
     monkeypatch.setattr(mlp_module, "graph_is_kept", lambda: False)
     loss = lora_mlp(x, gate, up, down).square().sum()
@@ -222,7 +222,7 @@ def test_that_test_would_notice(monkeypatch):
 
 
 def test_a_shadow_serves_many_calls_until_refreshed():
-    layer = projection(I, D, dtype=torch.float32)
+    layer = projection(W, D, dtype=torch.float32)
     x = leaf(N, D, dtype=torch.float32)
     shadow = LoraShadow([layer], torch.float32)
     before = lora_linear(x, layer, shadow=shadow)
@@ -253,7 +253,7 @@ def saved_bytes(run):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_saved_bytes(backend, recompute):
     """X, gate, up and the low-rank products; on the torch path a byte an element of what is dropped."""
-    gate, up, down = (projection(o, i, dtype=torch.float32) for o, i in ((I, D), (I, D), (D, I)))
+    gate, up, down = (projection(o, i, dtype=torch.float32) for o, i in ((W, D), (W, D), (D, W)))
     q, k, v = (projection(o, D, dtype=torch.float32) for o in (D, 12, 12))
     x = leaf(N, D, dtype=torch.float32)
     drop = {"dropout": Dropout(0.3, 1)}
@@ -265,28 +265,28 @@ def test_saved_bytes(backend, recompute):
     found = saved_bytes(
         lambda: lora_mlp(x, gate, up, down, down_dropout=Dropout(0.3, 1), recompute=recompute, backend=backend, **drop)
     )
-    assert found == N * (4 * (D + (0 if recompute else 2 * I) + 3 * R) + mask * (D + I))
+    assert found == N * (4 * (D + (0 if recompute else 2 * W) + 3 * R) + mask * (D + W))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"weight": torch.zeros(3, D + 1)}, r"projection.weight: expected shape \[O, 36\], got \(3, 37\)"),
-        ({"weight": torch.zeros(I, D).requires_grad_()}, "projection.weight: expected a frozen tensor"),
+        ({"weight": torch.zeros(W, D).requires_grad_()}, "projection.weight: expected a frozen tensor"),
         ({"bias": torch.zeros(3)}, r"projection.bias: expected shape \(52,\), got \(3,\)"),
         ({"lora_b": None}, "expected both of lora_a and lora_b, or neither"),
-        ({"lora_b": torch.zeros(I, R + 1)}, r"projection.lora_b: expected shape \(52, 5\), got \(52, 6\)"),
+        ({"lora_b": torch.zeros(W, R + 1)}, r"projection.lora_b: expected shape \(52, 5\), got \(52, 6\)"),
         ({"lora_a": torch.zeros(R, D, dtype=torch.int64)}, "projection.lora_a: expected a float"),
     ],
 )
 def test_misfits(change, message):
-    layer = projection(I, D)
+    layer = projection(W, D)
     with pytest.raises(ValueError, match=message):
         lora_linear(leaf(N, D), layer._replace(**change))
 
 
 def test_more_misfits():
-    layer = projection(I, D)
+    layer = projection(W, D)
     x = leaf(N, D)
     with pytest.raises(ValueError, match="x: expected a floating tensor"):
         lora_linear(torch.zeros(N, D, dtype=torch.int64), layer)
@@ -297,8 +297,8 @@ def test_more_misfits():
     with pytest.raises(ValueError, match=r"expected a shadow of these projections in torch.float64"):
         lora_linear(x, layer, shadow=LoraShadow([layer], torch.float32))
     with pytest.raises(ValueError, match="expected a shadow of these projections"):
-        lora_linear(x, layer, shadow=LoraShadow([projection(I, D)], torch.float64))
-    gate, up, down = (projection(o, i) for o, i in ((I, D), (I + 1, D), (D, I)))
+        lora_linear(x, layer, shadow=LoraShadow([projection(W, D)], torch.float64))
+    gate, up, down = (projection(o, i) for o, i in ((W, D), (W + 1, D), (D, W)))
     with pytest.raises(ValueError, match=r"up.weight: expected 52 rows as gate.weight has, got 53"):
         lora_mlp(x, gate, up, down)
     with pytest.raises(ValueError, match=r"down.weight: expected shape \[O, 52\]"):
@@ -306,14 +306,14 @@ def test_more_misfits():
     with pytest.raises(ValueError, match=r"residual: expected \(19, 36\)"):
         ib_lora_mlp(x, leaf(N, D + 1), gate, gate, down, leaf(2 * Z, D), None)
     wrong = MlpShadow(LoraShadow([gate], torch.float64), LoraShadow([down], torch.float64))
-    with pytest.raises(ValueError, match="shadow.wide: expected a shadow of these projections"):
+    with pytest.raises(ValueError, match=r"shadow.wide: expected a shadow of these projections"):
         lora_mlp(x, gate, gate, down, shadow=wrong)
 
 
 def test_no_rows(backend):
-    layer = projection(I, D)
+    layer = projection(W, D)
     x = leaf(0, D)
     y = lora_linear(x, layer, dropout=Dropout(0.2, 1), backend=backend)
-    assert y.shape == (0, I)
+    assert y.shape == (0, W)
     y.sum().backward()
     assert layer.lora_a.grad.count_nonzero() == 0

@@ -245,7 +245,7 @@ def overlapping(kind: str) -> Tensors:
         "shifted by a column": {"dh": apart, "gate": wide[:, :8], "up": wide[:, 7:15]},
         "other strides": {"dh": apart, "gate": wide[:, 3:11], "up": buffer.as_strided((6, 8), (16, 1), 16)},
         "into the next row": {"dh": apart, "gate": wide[:, :8], "up": buffer.as_strided((6, 8), (20, 1), 13)},
-        "in one row": {"dh": apart[:1], "gate": whole.as_strided((1, 8), (0, 1)), "up": whole.as_strided((1, 8), (0, 1), 4)},
+        "in one row": {"dh": apart[:1], "gate": buffer.as_strided((1, 8), (0, 1)), "up": buffer[4:12][None]},
         "rows overlap": {"dh": buffer[100:].as_strided((6, 8), (7, 1)), "gate": whole, "up": apart},
         "one row for all": {"dh": buffer[100:108].expand(6, 8), "gate": whole, "up": apart},
     }[kind]

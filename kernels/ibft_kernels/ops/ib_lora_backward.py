@@ -19,16 +19,17 @@ Routes, as in `ib_bottleneck`:
     product   `ib_kl`'s kernel for dmu and dlogvar, the library's products for the rest
     torch     the same products around `ib_kl`'s torch path: what a CPU runs
 
-What it saves, in elements and FLOPs, against the bottleneck's backward followed by total @ B:
+Elements moved and FLOPs, of the kernel and of separate calls (the bottleneck's backward, then total @ B):
 
-    both ways    read g (ND), write total (ND), read mu | logvar and dz (3 NZ), W_enc (2 ZD), B (DR), write dlora (NR);
-                 4 N Z D + 2 N D R FLOPs
-    apart        total is read once more for the product with B: N D elements, of about 3 N D that pass; as the library
-                 route has it, dmu | dlogvar are also written and read (4 NZ), and there are two launches more
-    fused        neither; split columns cost (splits + 1) N R fp32 for dlora's parts
+    both         read g (N D), write total (N D); read mu | logvar and dz (3 N Z), W_enc (2 Z D) and B (D R); write
+                 dlora (N R); 4 N Z D + 2 N D R FLOPs
+    separate     total is read again for the product with B: N D more; with the library's products dmu | dlogvar are
+                 also written and read (4 N Z), by three launches
+    fused        one launch, and neither; where columns are split, dlora's parts in fp32 besides
 
-At N = 8192, D = 4096, Z = 256, R = 32 in 16 bits the read of total is 64 MiB of about 221 MiB, and the FLOPs, 34.4 G +
-2.1 G, are the same either way.
+At N = 8192, D = 4096, Z = 256, R = 32 in 16 bits: 145 MiB fused, 225 MiB with the library's products; 36.5 GFLOP. But a
+row tile of the kernel reads all of W_enc, N / BLOCK_N times 2 Z D elements through the L2 cache, where the library's
+products are tiled both ways: which route is the faster must be measured, and the launch file says what was found.
 
 Source: arXiv 2510.16022 eq. 4; Hu et al., LoRA, arXiv 2106.09685.
 Legend: N tokens, D hidden size, Z latent size, R LoRA rank.

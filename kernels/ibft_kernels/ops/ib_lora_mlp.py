@@ -1,4 +1,4 @@
-"""The tapped end of a decoder block as one autograd node: the LoRA MLP, the residual, and the bottleneck that reads them.
+"""The tapped end of a decoder block as one autograd node: LoRA MLP, residual, and the bottleneck that reads their sum.
 
     h     = residual + lora_mlp(x)                          hidden_states[layer], which goes on to the layers above
     z, KL = ib_bottleneck(h)                                which goes to the objective
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._dispatch import resolve_backend
 from .._ownership import calibrate, owns
 from ._ib_kl_spec import Arguments, check_arguments
 from ._rows import as_rows, join_seed, split_seed
@@ -73,9 +72,7 @@ class _IBLoraMlp(torch.autograd.Function):
         ctx.versions = [versions_of(shadow) for shadow in spec.shadow]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mulogvar)
-        ctx.save_for_backward(
-            *saved, h_ND, weight_2ZD, mulogvar, inverse, given.ids_N3, eps_NZ, given.mask_N, seed[0]
-        )
+        ctx.save_for_backward(*saved, h_ND, weight_2ZD, mulogvar, inverse, given.ids_N3, eps_NZ, given.mask_N, seed[0])
         return h_ND.view(residual.shape), z, kl, mulogvar
 
     @staticmethod
@@ -106,6 +103,7 @@ class _IBLoraMlp(torch.autograd.Function):
         return dx, dresidual, dweight, dbias, None, None, *adapters
 
 
+@torch.compiler.disable
 def ib_lora_mlp(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -153,7 +151,7 @@ def ib_lora_mlp(
     lead, n_latent = x.shape[:-1], encoder_weight.shape[0] // 2
     stand_in = x.detach().new_empty(()).expand(*lead, n_latent)
     arguments = check_arguments(stand_in, stand_in, seed, noise_ids, eps, mask, logvar_range, reduction, normalizer)
-    noise = _Noise(arguments, reduction, chosen_route(backend, x.device, x.dtype), resolve_backend(backend, x.device))
+    noise = _Noise(arguments, reduction, chosen_route(backend, x.device, x.dtype), backend)
     hidden, z_NZ, kl, mulogvar_N2Z = _IBLoraMlp.apply(
         x, residual, encoder_weight, encoder_bias, spec, noise, *masters_of(gate, up, down)
     )

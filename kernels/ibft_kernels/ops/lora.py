@@ -10,6 +10,9 @@ product. Saved: x and x A^T [N, sum R] (kept, not computed again); x' is recompu
 its mask, a byte an element, because Philox there costs more than the byte). A 4-bit W is dequantised again in backward.
 dx is one buffer that the products add into. W and b are frozen: nothing is computed for them.
 
+These are Python nodes around the library's products, not `torch.library` ops: a compiled graph runs them as they are,
+between its parts, and nothing in them depends on a length.
+
 LoRA's masters A and B may be fp32 beside 16-bit activations: products read `LoraShadow`s, rounded once an optimizer
 step, and gradients come back in the masters' dtype.
 Legend: N rows (tokens), D inputs, O outputs, R rank.
@@ -207,7 +210,7 @@ def input_gradient(
     dx_ND = torch.mm(dys[0], dense(projections[0].weight, dys[0].dtype))
     for dy_NO, p in zip(dys[1:], projections[1:], strict=True):
         dx_ND.addmm_(dy_NO, dense(p.weight, dy_NO.dtype))
-    if t_NR is None:
+    if t_NR is None or shadow.a_RD is None:
         return dx_ND
     if dropout is None:
         return dx_ND.addmm_(t_NR, shadow.a_RD)
@@ -328,7 +331,9 @@ def check_input(x: torch.Tensor) -> None:
         raise ValueError(f"x: expected a floating tensor [..., D], got {x.dtype} of shape {tuple(x.shape)}")
 
 
-def check_shadow_of(name: str, shadow: LoraShadow | None, projections: Sequence[LoraProjection], x: torch.Tensor) -> LoraShadow:
+def check_shadow_of(
+    name: str, shadow: LoraShadow | None, projections: Sequence[LoraProjection], x: torch.Tensor
+) -> LoraShadow:
     """The given shadow, if it is these projections' and x's dtype; or a new one."""
     if shadow is None:
         return LoraShadow(projections, x.dtype)
@@ -377,6 +382,7 @@ def _shared_input(
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
+@torch.compiler.disable
 def lora_linear(
     x: torch.Tensor,
     projection: LoraProjection,
@@ -405,6 +411,7 @@ def lora_linear(
     return y
 
 
+@torch.compiler.disable
 def lora_qkv(
     x: torch.Tensor,
     q: LoraProjection,

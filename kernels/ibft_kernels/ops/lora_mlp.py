@@ -81,10 +81,10 @@ def mlp_forward(x_ND: torch.Tensor, spec: MlpSpec) -> tuple[torch.Tensor, Saved]
     """y [N, D] in new memory, and what backward needs."""
     (gate_NI, up_NI), kept = forward_rows(x_ND, spec.wide, spec.shadow.wide, spec.dropout)
     h_NI = swiglu_forward(gate_NI, up_NI, backend=spec.backend)
-    if spec.recompute:
-        gate_NI = up_NI = None  # freed before the last product
+    wide: tuple[torch.Tensor | None, ...] = (None, None) if spec.recompute else (gate_NI, up_NI)
+    del gate_NI, up_NI  # with recompute they are free before the last product
     (y_ND,), down_kept = forward_rows(h_NI, [spec.down], spec.shadow.down, spec.down_dropout)
-    return y_ND, (x_ND, gate_NI, up_NI, *kept, *down_kept)
+    return y_ND, (x_ND, *wide, *kept, *down_kept)
 
 
 def mlp_backward(
@@ -159,11 +159,14 @@ def mlp_spec(
     wide, below = (None, None) if shadow is None else shadow
     return MlpSpec(
         gate, up, down,
-        MlpShadow(check_shadow_of("shadow.wide", wide, [gate, up], x), check_shadow_of("shadow.down", below, [down], x)),
+        MlpShadow(
+            check_shadow_of("shadow.wide", wide, [gate, up], x), check_shadow_of("shadow.down", below, [down], x)
+        ),
         row_dropout(dropout, x, resolved), row_dropout(down_dropout, stand_in, resolved), recompute, resolved,
     )  # fmt: skip
 
 
+@torch.compiler.disable
 def lora_mlp(
     x: torch.Tensor,
     gate: LoraProjection,

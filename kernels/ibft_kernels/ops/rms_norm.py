@@ -32,7 +32,8 @@ from ._rows import FLOATS, as_rows
 __all__ = ["add_rms_norm", "rms_norm"]
 
 WIDEST = 1 << 14  # columns that a program can hold: 16 a thread
-CPU_CHUNK = 1 << 18  # elements that the torch path works on at once on a CPU: its buffers stay in cache
+# Elements that the torch path works on at once: on a CPU its buffers stay in cache, a GPU wants length.
+CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 22
 
 
 def _dtypes(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -179,7 +180,7 @@ def launch_rms_norm_backward(
 
 def _row_chunks(x_NC: torch.Tensor) -> list[slice]:
     n_rows, n_columns = x_NC.shape
-    rows = max(1, CPU_CHUNK // n_columns) if x_NC.device.type == "cpu" else max(1, n_rows)
+    rows = max(1, (CPU_CHUNK if x_NC.device.type == "cpu" else DEVICE_CHUNK) // n_columns)
     return [slice(first, min(first + rows, n_rows)) for first in range(0, n_rows, rows)]
 
 

@@ -26,7 +26,8 @@ from ._rows import FLOATS, as_rows
 
 __all__ = ["swiglu_backward_", "swiglu_forward"]
 
-CPU_CHUNK = 1 << 18  # elements that the torch path works on at once on a CPU: its buffers stay in cache
+# Elements that the torch path works on at once: on a CPU its buffers stay in cache, a GPU wants length.
+CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 22
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def launch_swiglu_backward_(dh_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: t
 
 def _row_chunks(x_NI: torch.Tensor) -> list[slice]:
     n_rows, columns = x_NI.shape
-    rows = max(1, CPU_CHUNK // max(1, columns)) if x_NI.device.type == "cpu" else max(1, n_rows)
+    rows = max(1, (CPU_CHUNK if x_NI.device.type == "cpu" else DEVICE_CHUNK) // max(1, columns))
     return [slice(first, min(first + rows, n_rows)) for first in range(0, n_rows, rows)]
 
 
