@@ -29,6 +29,9 @@ class ModelConfig(Section):
     """nf4: 4 bits with double quantisation (QLoRA); none: the weights as they are."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """transformers' attention implementation."""
+    offload_embeddings: bool = False
+    """Keep the embedding table in host memory and look ids up there (a GPU's memory only; not with tied embeddings).
+    train.gradient_checkpointing=auto does so by itself where nothing else makes the step fit."""
 
 
 class DataConfig(Section):
@@ -111,7 +114,12 @@ class TrainConfig(Section):
     """joint: one norm over everything; per_group: LoRA and bottleneck clipped apart."""
     fused_kernels: bool = True
     """Fused attention, MLP, norms and tap; false: transformers' and PEFT's own modules, for comparison."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | Literal["auto", "mlp"] = "auto"
+    """Which activations to make again in backward instead of keeping them: true: every layer's; false: none;
+    mlp: every layer's gate and up, the two widest; auto: as few as the memory budget demands, none where all fits."""
+    activation_offloading: bool = False
+    """Keep the inputs of recomputed layers in host memory between forward and backward (a GPU's memory only).
+    gradient_checkpointing=auto does so by itself where recomputing every layer is not enough."""
     mixed_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where a GPU has it, else fp16; fp32 on a CPU. (accelerate's `no` is fp32.)"""
     logging_steps: PositiveInt = 10
@@ -153,6 +161,8 @@ class CheckpointConfig(Section):
 class RuntimeConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """GiB of the device to plan for, as if it were a card of that size; default: what is free when the run starts."""
 
 
 class Config(Section):
@@ -184,6 +194,12 @@ class Config(Section):
                     f"model.attn_implementation={self.model.attn_implementation} with data.packing needs "
                     "train.per_device_train_batch_size=1 and train.per_device_eval_batch_size=1"
                 )
+        if self.train.activation_offloading and self.train.gradient_checkpointing in (False, "mlp"):
+            raise ValueError(
+                "train.activation_offloading moves the inputs of recomputed layers, and "
+                f"train.gradient_checkpointing={str(self.train.gradient_checkpointing).lower()} has none: "
+                "set it to true or auto"
+            )
         if self.data.path == BUNDLED != self.model.name_or_path:
             raise ValueError("data.path is required with a model of your own (a file or a hub id)")
         return self

@@ -42,6 +42,7 @@ ALIASES = {
     "per_device_train_batch_size": "train.per_device_train_batch_size",
     "gradient_accumulation_steps": "train.gradient_accumulation_steps",
     "gradient_checkpointing": "train.gradient_checkpointing",
+    "activation_offloading": "train.activation_offloading",
     "warmup_ratio": "train.warmup_ratio",
     "warmup_steps": "train.warmup_steps",
     "weight_decay": "train.weight_decay",

@@ -50,7 +50,9 @@ def calibrate() -> tuple[int, int, int] | None:
     needed = hasattr(torch.Tensor, "_use_count"), hasattr(torch._C, "_storage_Use_Count"), hasattr(sys, "getrefcount")
     if not all(needed):
         return None
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    # as if nobody had called: gradient checkpointing would count what the probe saves, and miss it in recomputation
+    nothing = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), nothing:
         x = torch.ones(2, 2, requires_grad=True)
         torch.autograd.backward((_Probe.apply(x) @ torch.ones(2, 2)).sum())
     return _measured.pop()

@@ -122,6 +122,7 @@ BOTTLENECK, LORA = "ops/_ib_bottleneck_triton.py", "ops/ib_lora_backward.py"
 CE, CE_LOOP, SCATTER = "ops/_cross_entropy_triton.py", "ops/linear_cross_entropy.py", "ops/_scatter_rows.py"
 FOLD, OBJECTIVE, NF4 = "ops/fold.py", "ops/objective.py", "ops/nf4.py"
 RMS, SWIGLU = "ops/rms_norm.py", "ops/swiglu.py"
+LAYER, MLP, TAP, OWNERSHIP = "ops/lora.py", "ops/lora_mlp.py", "ops/ib_lora_mlp.py", "_ownership.py"
 
 _PHILOX, _DROPOUT, _KL, _IB = "test_philox.py::", "test_dropout.py::", "test_ib_kl.py::", "test_ib_bottleneck.py::"
 _PHILOX_WORDS = _PHILOX + "test_words_equal_the_reference_bit_for_bit"
@@ -131,6 +132,7 @@ _KL_EQUAL = _KL + "test_equals_float64_reference[triton-cpu-252-7-dtype0-1e-14]"
 _KL_REDUCE = _KL + "test_reductions_masks_and_normalizers"
 _IB_EQUAL = _IB + "test_equals_float64_reference"
 _LORA = "test_ib_lora_backward.py::"
+_LAYERS, _OWNS = "test_lora.py::", "test_ownership.py::"
 _LORA_EQUAL = _LORA + "test_equals_autograd_in_float64"
 _LORA_SCALED = _LORA + "test_the_scaling_is_a_number_of_the_call"
 _LCE = "test_linear_cross_entropy.py::"
@@ -332,6 +334,43 @@ BREAKAGES = [
              _SWIGLU + "test_shared_memory_is_refused_before_anything_is_written"),
     Breakage("swiglu: halves may reach into the next row", SWIGLU, "% stride <= stride - width", "% stride",
              _SWIGLU + "test_shared_memory_is_refused_before_anything_is_written"),
+    # whole LoRA layers
+    Breakage("layer: x instead of the dropped x", LAYER, "dropped_ND = dropout.again(x_ND, kept.mask)", "pass",
+             _LAYERS + "test_qkv"),
+    Breakage("layer: no dropout in dx", LAYER, "dropout.again(torch.mm(t_NR, shadow.a_RD), kept.mask)",
+             "torch.mm(t_NR, shadow.a_RD)", _LAYERS + "test_qkv"),
+    Breakage("layer: dB unscaled", LAYER, "db if p.scaling == 1 else db.mul_(p.scaling)", "db", _LAYERS + "test_qkv"),
+    Breakage("layer: the first reader's dx alone", LAYER, "dx_ND.addmm_(dy_NO, dense(p.weight, dy_NO.dtype))", "pass",
+             _LAYERS + "test_qkv"),
+    Breakage("layer: shadow of B unscaled", LAYER, "p.lora_b if p.scaling == 1 else p.lora_b * p.scaling", "p.lora_b",
+             _LAYERS + "test_qkv"),
+    Breakage("layer: a stale shadow goes unnoticed", LAYER, "if versions_of(shadow) != versions:", "if False:",
+             _LAYERS + "test_a_shadow_serves_many_calls_until_refreshed"),
+    Breakage("layer: biases dropped", LAYER, "None if p.bias is None else p.bias.to(x_ND.dtype)", "None",
+             _LAYERS + "test_qkv"),
+    Breakage("layer: dA in the activations' dtype", LAYER, "product(t_NR.t(), dropped_ND, masters[0][0])",
+             "torch.mm(t_NR.t(), dropped_ND)", _LAYERS + "test_low_precision_is_as_near_the_truth"),
+    Breakage("mlp: recomputed without the adapter", MLP,
+             "        add_low_rank_((gate_NI, up_NI), kept, spec.wide, spec.shadow.wide)\n", "", _LAYERS + "test_mlp"),
+    Breakage("mlp: gate and up saved all the same", MLP, "(None, None) if spec.recompute else (gate_NI, up_NI)",
+             "(gate_NI, up_NI)", _LAYERS + "test_saved_bytes"),
+    Breakage("mlp: writes into a kept graph", MLP, "elif graph_is_kept():", "elif False:",
+             _LAYERS + "test_twice_with_the_graph_kept"),
+    Breakage("tap: residual left out", TAP, "h_ND.add_(residual.reshape(h_ND.shape))", "pass",
+             _LAYERS + "test_tapped_mlp"),
+    Breakage("tap: encoder's gradient of the residual", TAP, "hidden=h_ND,", "hidden=h_ND * 2,",
+             _LAYERS + "test_tapped_mlp"),
+    Breakage("tap: mask left out of backward", TAP, "mask=None if mask_N is None else mask_N.view(torch.bool)",
+             "mask=None", _LAYERS + "test_tapped_mlp"),
+    Breakage("ownership: references of the tensor not counted", OWNERSHIP,
+             "(*_counts(grad), sys.getrefcount(grad)) == expected", "_counts(grad)[1:] == expected[1:2]",
+             _OWNS + "test_a_residual_that_waits"),
+    Breakage("ownership: references of the storage not counted", OWNERSHIP,
+             "(*_counts(grad), sys.getrefcount(grad)) == expected", "True", _OWNS + "test_somebody_kept_it"),
+    Breakage("ownership: views", OWNERSHIP,
+             "not grad._is_view()\n        and grad.is_contiguous()\n        "
+             "and (*_counts(grad), sys.getrefcount(grad)) == expected", "True",
+             _OWNS + "test_views_and_expanded_gradients"),
     # the torch path, what a CPU runs
     Breakage("torch: rms gradient with the wrong sign", RMS, "addcmul_(h_nc, slope_n1, value=-1.0)",
              "addcmul_(h_nc, slope_n1, value=1.0)", _RMS_TORCH),

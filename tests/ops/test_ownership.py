@@ -46,6 +46,23 @@ def test_it_can_be_asked_here():
     assert calibrate() is not None
 
 
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_calibration_in_any_context(context):
+    with context():
+        assert calibrate.__wrapped__() == calibrate()
+
+
+def test_calibration_inside_a_checkpoint(x):
+    """The first step of a process may be a checkpointed one: what the probe saves is none of the checkpoint's."""
+
+    def block(x):
+        calibrate()
+        return torch.tanh(Node.apply(x) @ W)
+
+    calibrate.cache_clear()
+    assert ask((torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) @ W).sum())
+
+
 def test_owned(x):
     assert ask((Node.apply(x) @ W).sum())
     assert ask(residual_and_norm(Node.apply(x)))
