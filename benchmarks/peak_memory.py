@@ -33,6 +33,30 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float:
     return (_status_kib("VmHWM") - before) / 1024
 
 
+def live_bytes(call: Callable[[], object]) -> tuple[int, int]:
+    """(peak, left at the end) of what torch's CPU allocator handed out during the call and not before, in bytes.
+
+    Counted from the allocator's own events, so exact and the same on every run; what was there before and is freed
+    in the call does not count. The result of the call must be held by the caller to be counted as left.
+    """
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak, level
+
+
+def tensor_storages() -> dict[int, torch.UntypedStorage]:
+    """Every storage of a CPU tensor that Python knows of, by address."""
+    gc.collect()
+    tensors = (x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu")
+    return {s.data_ptr(): s for s in (x.untyped_storage() for x in tensors if x.layout == torch.strided)}
+
+
 def _status_kib(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):

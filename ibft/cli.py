@@ -2,12 +2,17 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ibft.errors import EXIT_INTERRUPTED, IBFTError
+
+if TYPE_CHECKING:
+    from ibft.config import Config
 
 app = typer.Typer(
     name="ibft-fast",
@@ -19,21 +24,20 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `train` a sub-command while it is the only one."""
+Arguments = Annotated[
+    list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
 def train(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)
-    ] = None,
+    arguments: Arguments = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Run directory; default runs/<time>.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Fine-tune. With no argument: the bundled tiny model on the bundled tasks, offline, in a few minutes on a CPU.
 
@@ -43,19 +47,57 @@ def train(
     Exit codes: 0 done, 2 configuration, 3 data, 4 environment, 5 non-finite loss,
     6 out of memory, 130/143 interrupted and saved.
     """
+    with _one_line_errors(debug):
+        config, notices = _configure(arguments)
+        from ibft.run import run_training
+
+        code = run_training(config, out, dry_run=dry_run, notices=notices)
+    raise typer.Exit(code)
+
+
+@app.command()
+def estimate(
+    arguments: Arguments = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", metavar="GIB", help="Plan for a card of this size.", show_default=False, min=0.01),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """What `train` with the same arguments would take: memory, disk, steps, arithmetic; and whether it fits.
+
+    Reads the base's config.json, no weights, and needs no GPU.
+
+    Examples: `ibft-fast estimate preset=paper-evol --memory 24`, `ibft-fast estimate my.yaml train.optim=adamw_8bit`.
+
+    Exit codes: 0 done, 2 configuration, 3 data, 4 environment.
+    """
+    with _one_line_errors(debug):
+        config, notices = _configure(arguments)
+        from ibft.estimate import run_estimate
+
+        run_estimate(config, memory, notices)
+
+
+def _configure(arguments: list[str] | None) -> "tuple[Config, list[str]]":
+    """The configuration that the arguments name, and notices."""
     given = list(arguments or [])
     config_file = None
     if given and ("=" not in given[0] or given[0].endswith((".yaml", ".yml"))):
         config_file = given.pop(0)
+    from ibft.load_config import load_config
+
+    loaded = load_config(config_file, given)
+    # transformers 5.23 deprecates names that transformers 5.17 and PEFT still need: nothing a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+    return loaded
+
+
+@contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """What a user can mend is one line on stderr and an exit code; with `debug` a traceback."""
     try:
-        from ibft.load_config import load_config
-
-        config, notices = load_config(config_file, given)
-        # transformers 5.23 deprecates names that transformers 5.17 and PEFT still need: nothing a user can act on
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
-        from ibft.run import run_training
-
-        code = run_training(config, out, dry_run=dry_run, notices=notices)
+        yield
     except IBFTError as error:
         if debug:
             raise
@@ -64,7 +106,6 @@ def train(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    raise typer.Exit(code)
 
 
 def main() -> None:

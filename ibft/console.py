@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ibft.config import Config
+from ibft.plan import GIB, Choice
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,27 @@ class Console:
             f"LoRA: r {config.lora.r}, alpha {config.lora.alpha}, dropout {config.lora.dropout}", markup=False
         )
         self.rich.print(describe_objective(config, layer, layers), markup=False)
+
+    def memory(self, config: Config, choice: Choice) -> None:
+        """The plan and its predicted peak; where it does not fit, what would."""
+        for key, asked in (
+            ("train.activation_offloading", config.train.activation_offloading and not choice.plan.activation_offloading),
+            ("model.offload_embeddings", config.model.offload_embeddings and not choice.plan.offload_embeddings),
+        ):
+            if asked and choice.plan.count("full") == 0 and key.startswith("train"):
+                self.notice(f"{key}: no layer is recomputed, so there is nothing to offload")
+            elif asked:
+                self.notice(f"{key}: the CPU is the device here, so there is nowhere else to keep it; ignored")
+        of = "" if choice.budget is None else f" of {size(choice.budget)} free"
+        if config.runtime.memory_budget is not None:
+            of = f" of runtime.memory_budget={config.runtime.memory_budget:g}"
+        least = "" if config.train.fused_kernels else "at least "
+        self.rich.print(
+            f"memory: {least}{size(choice.estimate.total)} predicted{of}; {choice.plan.describe()}", markup=False
+        )
+        if not choice.fits:
+            change = f"this would fit: {' '.join(choice.change)}" if choice.change else "no setting would make it fit"
+            self.notice(f"this may run out of memory; {change}")
 
     def metrics(self, row: dict[str, Any]) -> None:
         if "eval_ce" in row:
@@ -84,6 +106,11 @@ class Console:
             self.notice(f"Pass@1 not judged: {result['pass_at_1']['before']['not_judged']}")
         best = f" (last), {path}/adapter-best (lowest held-out CE)" if kept_best else ""
         self.rich.print(f"adapter: {path}/adapter{best}", markup=False)
+
+
+def size(count: int) -> str:
+    """Bytes for people, e.g. "6.9 GiB"."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:,.0f} MiB"
 
 
 def describe_objective(config: Config, layer: int | None, layers: int) -> str:

@@ -28,7 +28,6 @@ from ibft.bottleneck import autocast_dtype
 from ibft.context import BatchContext
 from ibft.nf4 import NF4Linear
 from ibft.noise import SampleDropout
-from ibft.rope import rotate
 from ibft.tap import decoder_of
 from ibft_kernels import (
     Dropout,
@@ -40,7 +39,9 @@ from ibft_kernels import (
     lora_linear,
     lora_mlp,
     lora_qkv,
+    refresh_shadows,
     rms_norm,
+    rotate,
 )
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # whose attention, MLP, norm and block this file knows
@@ -123,10 +124,6 @@ class SharedInput:
         """Whether another adapter than the one that was fused is active: PEFT's own forward must run."""
         loras = [module for module in self.modules if hasattr(module, "lora_A")]
         return any(module.active_adapters != [ADAPTER] and not module.disable_adapters for module in loras)
-
-    def refresh(self) -> None:
-        if self.shadow is not None:
-            self.shadow.refresh()
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -279,8 +276,7 @@ class Fused:
     def refresh(self) -> None:
         """Round the masters for the products: before the first micro-batch of a step, and before an evaluation."""
         if not self._held:
-            for shared in self.shared:
-                shared.refresh()
+            refresh_shadows(shared.shadow for shared in self.shared if shared.shadow is not None)
 
     def notices(self) -> list[str]:
         """One line a reason for what was left alone, naming the modules."""

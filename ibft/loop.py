@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from ibft.fused import Fused
 from ibft.memory import peak_memory_mib
 from ibft.noise import Z_STREAM
 from ibft.objective import IBObjective, LossParts
+from ibft.offload import HostEmbedding
 from ibft.optim import Groups, clip_gradients, gradient_norms
 from ibft.tap import HiddenTap, decoder_of
 from ibft_kernels import FoldedHead, Latent
@@ -57,6 +58,7 @@ class Trainer:
     eval_data: EncodedData | None
     pad_id: int
     total_steps: int
+    embeddings: HostEmbedding | None = None  # where the table stays in host memory
     on_log: Callable[[Row], None] = lambda row: None
     on_save: Callable[[str], None] = lambda name: None
     on_step: Callable[[int, Row], None] = lambda step, row: None
@@ -131,7 +133,7 @@ class Trainer:
         total: LossParts | None = None
         with self.fused.held():
             for batch in micro_batches:
-                batch = batch.to(self.accelerator.device, non_blocking=True)
+                batch = self.to_device(batch)
                 request = self.request(batch, kl_tokens)
                 with self.context.batch(batch.noise_ids, batch.segments, request):
                     parts = self.forward(batch, label_tokens, kl_tokens, fold, collect)
@@ -142,6 +144,11 @@ class Trainer:
         self.accelerator.unscale_gradients()
         assert total is not None
         return total
+
+    def to_device(self, batch: Batch) -> Batch:
+        """With the embeddings of its ids, where their table is on the host: looked up before the ids leave it."""
+        embeds = None if self.embeddings is None else self.embeddings.rows(batch.input_ids)
+        return replace(batch.to(self.accelerator.device, non_blocking=True), embeds=embeds)
 
     def request(self, batch: Batch, kl_tokens: int) -> LatentRequest | None:
         """What the tapped block is asked for, where it is fused with the bottleneck."""
@@ -198,7 +205,8 @@ class Trainer:
             # attention goes by segments; a mask of four dimensions keeps transformers from making its own
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
         output = decoder_of(self.model)(
-            input_ids=batch.input_ids,
+            input_ids=batch.input_ids if batch.embeds is None else None,
+            inputs_embeds=batch.embeds,
             position_ids=batch.position_ids,
             attention_mask=mask,
             use_cache=False,
@@ -215,7 +223,7 @@ class Trainer:
         tokens = 0
         plain = IBObjective(None, alpha=0.0)
         for (batch,) in self.batches(self.eval_data, epoch=0, evaluation=True):
-            batch = batch.to(self.accelerator.device, non_blocking=True)
+            batch = self.to_device(batch)
             with self.accelerator.autocast(), self.context.batch(batch.noise_ids, batch.segments):
                 last = self.last_hidden(batch)
                 total += plain(

@@ -37,8 +37,10 @@ def resolve_path(name_or_path: str) -> str:
     return os.path.expanduser(name_or_path) if name_or_path.startswith("~") else name_or_path
 
 
-def load_model_config(config: ModelConfig) -> Any:
+def load_model_config(config: ModelConfig, *, needs_weights: bool = True) -> Any:
     """The base's transformers configuration (a small file), read before any weights.
+
+    needs_weights: whether a local folder must have them too.
 
     Raises:
         SetupError: missing, gated or unreachable; a local folder without a model.
@@ -46,18 +48,22 @@ def load_model_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     path = resolve_path(config.name_or_path)
-    _check_local_folder(path)
+    _check_local_folder(path, needs_weights)
     with _hub_errors(path):
         return AutoConfig.from_pretrained(path, revision=config.revision)
 
 
-def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
-    """The base's tokenizer, slow or fast, as it is published."""
+def load_tokenizer(config: ModelConfig, *, download: bool = True) -> "PreTrainedTokenizerBase":
+    """The base's tokenizer, slow or fast, as it is published. download: whether it may come from the hub.
+
+    Raises:
+        SetupError: missing, gated or unreachable.
+    """
     from transformers import AutoTokenizer
 
     path = resolve_path(config.name_or_path)
     with _hub_errors(path):
-        return AutoTokenizer.from_pretrained(path, revision=config.revision)
+        return AutoTokenizer.from_pretrained(path, revision=config.revision, local_files_only=not download)
 
 
 def pad_id_of(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -159,7 +165,7 @@ def _nf4_settings(dtype: torch.dtype) -> Any:
     )
 
 
-def _check_local_folder(path: str) -> None:
+def _check_local_folder(path: str, needs_weights: bool) -> None:
     folder = Path(path)
     if not folder.is_dir():
         if path.startswith((".", "/")):
@@ -167,7 +173,8 @@ def _check_local_folder(path: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise SetupError(f"model folder {path} has no config.json")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+    weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    if needs_weights and not weights:
         raise SetupError(f"model folder {path} has no weights: expected *.safetensors")
 
 

@@ -27,6 +27,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ibft.config import BUNDLED, Config
+from ibft.errors import ConfigError
 
 if TYPE_CHECKING:
     from ibft.data.encode import EncodedData
@@ -625,6 +626,17 @@ class Choice:
     fits: bool
     change: tuple[str, ...] = ()
 
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        plan = self.plan
+        return {
+            "layers": {mode: plan.modes.count(mode) for mode in ("none", "mlp", "full")},
+            "activation_offloading": plan.activation_offloading,
+            "offload_embeddings": plan.offload_embeddings,
+            "predicted_bytes": self.estimate.total,
+            "budget_bytes": self.budget,
+        }
+
 
 def choose_plan(s: Setup, budget: int | None) -> Choice:
     """The plan of `train.gradient_checkpointing`; for "auto" the least arithmetic done again that fits.
@@ -635,7 +647,14 @@ def choose_plan(s: Setup, budget: int | None) -> Choice:
 
     "auto" first looks for the cheapest mix of modes, in operations done again. If even recomputing every block is too
     much, the blocks' inputs wait in host memory, and at last the embeddings: on a GPU, where there is such a place.
+
+    Raises:
+        ConfigError: embeddings that are the head too were to be offloaded.
     """
+    if s.config.model.offload_embeddings and s.shape.tied:
+        raise ConfigError(
+            "model.offload_embeddings: this model's embeddings are its head too (tied), which the device needs"
+        )
     choice = _best(s, budget)
     return choice if choice.fits else replace(choice, change=_cheapest_change(s, choice.budget or 0))
 
@@ -701,28 +720,34 @@ def _mixes(s: Setup, budget: int | None, offload: bool, embeddings: bool) -> Ite
 
 
 def _cheapest_change(s: Setup, budget: int) -> tuple[str, ...]:
-    """The first change that makes it fit, in order of least harm; or the first of them together; or nothing."""
+    """The first change that makes it fit, in order of least harm; nothing where none does.
+
+    Tried: what changes no gradient, each alone and then together; every other change, alone and beside those; then
+    these one after the other, each as far as it goes.
+    """
 
     def fits(overrides: Sequence[str]) -> bool:
         return _best(changed(s, overrides), budget).fits
 
-    ladder = list(_changes(s))
-    for steps in ladder:
-        for overrides in steps:
-            if fits(overrides):
-                return overrides
-    together: tuple[str, ...] = ()
-    for steps in ladder:
-        for overrides in steps:
-            if fits((*together, *overrides)):
-                return (*together, *overrides)
+    harmless, harmful = list(_harmless(s)), list(_harmful(s))
+    free = tuple(override for steps in harmless for override in steps[-1])
+    candidates = [step for steps in harmless for step in steps] + [free]
+    for steps in harmful:
+        for step in steps:
+            candidates += [step, (*free, *step)]
+    together = free
+    for steps in harmful:
+        candidates += [(*together, *step) for step in steps]
         together = (*together, *steps[-1])
-    return ()
+    return next((overrides for overrides in candidates if overrides and fits(overrides)), ())
 
 
-def _changes(s: Setup) -> Iterator[list[tuple[str, ...]]]:
-    """Kinds of change, the least harmful first; of each kind the mildest first."""
-    train, data, lora = s.config.train, s.config.data, s.config.lora
+Steps = list[tuple[str, ...]]  # of one kind of change, the mildest first; each the overrides to type
+
+
+def _harmless(s: Setup) -> Iterator[Steps]:
+    """Changes of memory and time alone."""
+    train = s.config.train
     if train.gradient_checkpointing != "auto":
         yield [("train.gradient_checkpointing=auto",)]
     if s.load.eval_rows > 1:
@@ -737,20 +762,24 @@ def _changes(s: Setup) -> Iterator[list[tuple[str, ...]]]:
             )
             for n in smaller
         ]
-    if s.config.model.offload_embeddings is False and not s.on_cpu and not s.shape.tied:
-        yield [("model.offload_embeddings=true",)]
+
+
+def _harmful(s: Setup) -> Iterator[Steps]:
+    """Changes of the result too, the least harmful first."""
+    train, data, lora = s.config.train, s.config.data, s.config.lora
     if train.optim == "adamw_torch_fused":
         yield [("train.optim=adamw_8bit",)]
     if s.config.model.quantization == "none":
         yield [("model.quantization=nf4",)]
-    if train.mixed_precision in ("auto", "fp32") and s.itemsize == 4:
+    if s.itemsize == 4:
         yield [("train.mixed_precision=bf16",)]
     lengths = [n for n in (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256) if n < data.max_length]
-    if lengths:
-        yield [(f"data.max_length={n}",) for n in lengths]
     ranks = [n for n in (64, 32, 16, 8) if n < lora.r]
-    if ranks:
-        yield [(f"lora.r={n}",) for n in ranks]
+    for least in (1 / 2, 0):  # both by half at most, before either by more
+        if some := [(f"data.max_length={n}",) for n in lengths if n >= least * data.max_length]:
+            yield some
+        if some := [(f"lora.r={n}",) for n in ranks if n >= least * lora.r]:
+            yield some
 
 
 def changed(s: Setup, overrides: Sequence[str]) -> Setup:

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from ibft.fused import Fused
 from ibft.plan import Recompute
 from ibft.tap import decoder_of
-from ibft_kernels._ownership import calibrate
 
 __all__ = ["HostCopies", "Recompute", "set_recompute"]
 
@@ -140,8 +139,6 @@ def set_recompute(
     blocks: Any = decoder_of(model).layers
     if len(modes) != len(blocks) or any(mode not in get_args(Recompute) for mode in modes):
         raise ValueError(f"modes: got {list(modes)}, expected {len(blocks)} of {', '.join(get_args(Recompute))}")
-    # measured once a process, on a little graph of its own: inside a checkpointed block that graph would be counted
-    calibrate()
     first = True
     for block, mlp, mode in zip(blocks, fused.mlps, modes, strict=True):
         if mlp is not None:

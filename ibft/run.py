@@ -17,7 +17,8 @@ import torch
 from ibft.config import BUNDLED, Config, TrainConfig
 from ibft.console import Console
 from ibft.errors import ConfigError, DataError, OutOfMemoryError, SetupError
-from ibft.memory import peak_memory_mib
+from ibft.memory import free_memory, peak_memory_mib
+from ibft.plan import CUDA_CONTEXT, GIB, Choice, Load, ModelShape, Setup, choose_plan
 from ibft.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -68,12 +69,14 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
         console.header(config, layer=layer, layers=base_config.num_hidden_layers, device=device, dtype=dtype)
         if config.data.max_length > base_config.max_position_embeddings:
             console.notice(f"data.max_length is beyond the model's {base_config.max_position_embeddings:,} positions")
+        choice = plan_memory(config, base_config, data, device, dtype, memory_budget(config, device))
+        console.memory(config, choice)
         if dry_run:
             console.notice("dry run: configuration, model files and data are in order; nothing was trained or written")
             return 0
 
         accelerator = make_accelerator(config, device, dtype, run_dir)
-        trainer, notes = build_trainer(config, tokenizer, data, layer, accelerator, dtype)
+        trainer, notes = build_trainer(config, tokenizer, data, layer, accelerator, dtype, choice)
         for notice in notes:
             console.notice(notice)
         start_trackers(config, accelerator)
@@ -87,6 +90,7 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
                 base_model=config.model.name_or_path,
                 data_sha256=data.sha256,
                 ib_layer=layer,
+                memory=choice.facts(),
             )
             return train_and_report(config, trainer, tokenizer, tasks, run_dir, console)
         except BrokenPipeError:  # whoever read our output has left: not the run folder's fault
@@ -160,8 +164,12 @@ def build_trainer(
     layer: int | None,
     accelerator: "Accelerator",
     dtype: torch.dtype,
+    choice: Choice | None = None,
 ) -> tuple["Trainer", list[str]]:
-    """Load the base, attach LoRA and bottleneck, make the optimizer; also notices for the user."""
+    """Load the base, attach LoRA and bottleneck, make the optimizer; also notices for the user.
+
+    choice: of the memory plan; default: made here, for what was free before the base was loaded.
+    """
     from ibft.bottleneck import InformationBottleneck
     from ibft.context import BatchContext
     from ibft.fused import Fused, fuse
@@ -169,11 +177,15 @@ def build_trainer(
     from ibft.model import add_lora, load_base, lora_parameters, pad_id_of
     from ibft.objective import IBObjective
     from ibft.optim import Groups, make_optimizer, make_scheduler
-    from ibft.recompute import set_recompute
+    from ibft.offload import offload_embeddings
+    from ibft.recompute import HostCopies, set_recompute
     from ibft.tap import HiddenTap
 
-    context = BatchContext(config.runtime.seed)
-    base = load_base(config.model, dtype=dtype, device=accelerator.device)
+    context, device = BatchContext(config.runtime.seed), accelerator.device
+    budget = memory_budget(config, device) if choice is None else None
+    base = load_base(config.model, dtype=dtype, device=device)
+    plan = (choice or plan_memory(config, base.config, data, device, dtype, budget)).plan
+    embeddings = offload_embeddings(base, device) if plan.offload_embeddings else None
     model = add_lora(base, config.lora, context=context)
     one_layer_encoder = layer if config.ib.encoder == "linear" else None
     layers = base.config.num_hidden_layers
@@ -182,7 +194,7 @@ def build_trainer(
         if config.train.fused_kernels
         else Fused(mlps=[None] * layers, packs=False)
     )
-    set_recompute(model, fused, ["full" if config.train.gradient_checkpointing else "none"] * layers)
+    set_recompute(model, fused, plan.modes, copies=HostCopies(device) if plan.activation_offloading else None)
     groups: Groups = {"lora": lora_parameters(model)}
     bottleneck, tap = None, None
     if layer is not None:
@@ -207,6 +219,7 @@ def build_trainer(
         tap=tap,
         context=context,
         fused=fused,
+        embeddings=embeddings,
         groups=groups,
         optimizer=accelerator.prepare(optimizer),
         scheduler=scheduler,
@@ -217,6 +230,25 @@ def build_trainer(
         total_steps=total_steps,
     )
     return trainer, [*fused.notices(), *notices]
+
+
+def memory_budget(config: Config, device: torch.device) -> int | None:
+    """Bytes that tensors may take: `runtime.memory_budget`, or what is free now; None where that cannot be known."""
+    if config.runtime.memory_budget is None:
+        return free_memory(device)
+    return int(config.runtime.memory_budget * GIB) - (CUDA_CONTEXT if device.type == "cuda" else 0)
+
+
+def plan_memory(
+    config: Config, base_config: Any, data: Datasets, device: torch.device, dtype: torch.dtype, budget: int | None
+) -> Choice:
+    """What to keep, to recompute and to offload. base_config: transformers' of the base.
+
+    Raises:
+        ConfigError: embeddings that are the head too were to be offloaded.
+    """
+    shape = ModelShape.of(base_config)
+    return choose_plan(Setup.of(shape, config, device.type, dtype.itemsize, Load.of(config, data.train)), budget)
 
 
 def is_local(path: str | None) -> bool:
@@ -390,7 +422,8 @@ class out_of_memory_advice:
         if cpu or isinstance(error, torch.OutOfMemoryError):
             peak = peak_memory_mib(torch.device("cpu" if cpu else "cuda")) / 2**10
             raise OutOfMemoryError(
-                f"out of memory after {peak:.1f} GiB: try train.gradient_checkpointing=true, "
-                "train.per_device_train_batch_size=1 (and more train.gradient_accumulation_steps), "
-                "or a smaller data.max_length"
+                f"out of memory after {peak:.1f} GiB: try train.gradient_checkpointing=auto with a smaller "
+                "runtime.memory_budget, train.per_device_train_batch_size=1 (and more "
+                "train.gradient_accumulation_steps), or a smaller data.max_length; `ibft-fast estimate` with the same "
+                "arguments shows what takes the memory"
             ) from error

@@ -263,22 +263,23 @@ def test_generation_equals_the_unfused(folders):
 
 
 def test_masters_are_rounded_once_a_step_and_before_each_evaluation(folders, monkeypatch):
-    from ibft.fused import SharedInput
+    from ibft import fused as module
 
     refreshed = []
-    refresh = SharedInput.refresh
-    monkeypatch.setattr(SharedInput, "refresh", lambda shared: refreshed.append(shared) or refresh(shared))
+    refresh = module.refresh_shadows
+    monkeypatch.setattr(module, "refresh_shadows", lambda found: refresh(refreshed.append([*found]) or refreshed[-1]))
     trainer = tiny_trainer(
         folders("llama"), random_samples(LENGTHS), "data.packing=false", "train.mixed_precision=bf16",
         eval_data=random_samples([9, 20]),
     )  # fmt: skip
-    shared = 4 * 3  # inputs of three layers
     (step_batches, *_) = trainer.batches(trainer.data, epoch=0)
     assert len(step_batches) == 4
     trainer.train_step(step_batches)
-    assert len(refreshed) == shared
+    assert [len(found) for found in refreshed] == [0]  # made in the first forward, fresh
+    trainer.train_step(step_batches)
+    assert [len(found) for found in refreshed] == [0, 12]  # the inputs of three layers, once for four micro-batches
     trainer.evaluate()
-    assert len(refreshed) == 2 * shared
+    assert [len(found) for found in refreshed] == [0, 12, 12]
     q = trainer.fused.shared[0]
     with torch.no_grad():
         q.projections[0].lora_a.mul_(3)

@@ -51,12 +51,10 @@ def test_a_random_base_is_in_four_bits_and_alike_for_a_seed():
 def test_a_trainer_steps_on_a_random_base():
     config = shape_config(96)
     trainer = shape_trainer("tiny", config, random_data("tiny", 96, 2), CPU, torch.float32)
-    before = [parameter.clone() for parameters in trainer.groups.values() for parameter in parameters]
     row = trainer.train_step(next(iter(trainer.batches(trainer.data, epoch=0))))
     assert torch.isfinite(row["parts"].loss)
     assert 0 < row["parts"].kl < 100
-    after = [parameter for parameters in trainer.groups.values() for parameter in parameters]
-    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(0 < norm < 1e3 for norm in row["norms"].values())
 
 
 def test_the_baseline_reads_the_same_bytes_also_from_a_checkpoint(tmp_path):

@@ -37,6 +37,7 @@ class Batch:
             the attention mask rules.
         num_label_tokens, num_kl_tokens: M, and the True entries of kl_mask.
         num_tokens: real tokens, padding not counted.
+        embeds: [B, T, D], the ids' embeddings, where the trainer looks them up on the host (model.offload_embeddings).
     """
 
     input_ids: Tensor
@@ -50,6 +51,7 @@ class Batch:
     num_label_tokens: int
     num_kl_tokens: int
     num_tokens: int
+    embeds: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with every tensor on `device`."""

@@ -12,12 +12,13 @@ from .ops.ib_kl import ib_kl_loss
 from .ops.ib_lora_backward import IBLoraGradients, ib_lora_backward
 from .ops.ib_lora_mlp import Tapped, ib_lora_mlp
 from .ops.linear_cross_entropy import linear_cross_entropy
-from .ops.lora import Dropout, LoraProjection, LoraShadow, lora_linear, lora_qkv
+from .ops.lora import Dropout, LoraProjection, LoraShadow, lora_linear, lora_qkv, refresh_shadows
 from .ops.lora_mlp import MlpShadow, lora_mlp
 from .ops.nf4 import nf4_dequantize
 from .ops.objective import Linear, ObjectiveParts, ib_objective
 from .ops.philox import noise_key, philox_normal
 from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.rope import rotate
 from .ops.swiglu import swiglu_backward_, swiglu_forward
 
 __all__ = [
@@ -49,7 +50,9 @@ __all__ = [
     "noise_key",
     "philox_dropout",
     "philox_normal",
+    "refresh_shadows",
     "rms_norm",
+    "rotate",
     "swiglu_backward_",
     "swiglu_forward",
 ]

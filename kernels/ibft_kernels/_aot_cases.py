@@ -19,6 +19,7 @@ from .ops._philox_triton import philox_kernel
 from .ops.dropout import dropout_kernel
 from .ops.nf4 import EXACT, nf4_dequantize_kernel
 from .ops.rms_norm import WIDEST, rms_norm_backward_kernel, rms_norm_forward_kernel, row_blocks
+from .ops.rope import head_blocks, rotate_kernel
 from .ops.swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 
 __all__ = ["CASES", "DTYPES", "Case"]
@@ -57,7 +58,7 @@ def _dropout(element: str, shape: dict[str, Any]) -> dict[str, Any]:
     rows, columns = tile_blocks(shape["TILE"], LATENT)
     return {
         "x_ptr": element, "y_ptr": element, **KEY, "threshold": "i32", **SIZES, "stride_xn": "i32",
-        "COMPUTE": tl.float32, "BLOCK_N": rows, "BLOCK_C": columns,
+        "stride_yn": "i32", "ADD": True, "COMPUTE": tl.float32, "BLOCK_N": rows, "BLOCK_C": columns,
     }  # fmt: skip
 
 
@@ -186,6 +187,17 @@ def _swiglu_backward(element: str, shape: dict[str, Any]) -> dict[str, Any]:
     return {"dh_ptr": element, "gate_ptr": element, "up_ptr": element, "stride_dn": "i32", **_swiglu(shape)}
 
 
+def _rotate(
+    element: str, shape: dict[str, Any], *, d: int = 128, n_k_heads: int | str = "i32", fewest: int = 8
+) -> dict[str, Any]:
+    return {
+        "q_ptr": element, "q_out_ptr": element, "k_ptr": element, "k_out_ptr": element, "cos_ptr": element,
+        "sin_ptr": element, "n_rows": "i32", "n_q_heads": "i32", "n_k_heads": n_k_heads, "stride_qn": "i32",
+        "stride_qh": "i32", "stride_kn": "i32", "stride_kh": "i32", "stride_cosn": "i32", "stride_sinn": "i32",
+        "COMPUTE": tl.float32, "TRANSPOSED": False, "HALF": d // 2, **head_blocks(shape["TILE"], fewest, d // 2),
+    }  # fmt: skip
+
+
 CASES: dict[str, Case] = {
     "philox_normal": Case(philox_kernel, "philox", _philox, wide=False),  # it stores, and loads three words a row
     "philox_dropout": Case(dropout_kernel, "dropout", _dropout),
@@ -269,4 +281,22 @@ CASES: dict[str, Case] = {
     ),
     "swiglu_forward": Case(swiglu_forward_kernel, "swiglu", _swiglu_forward),
     "swiglu_backward": Case(swiglu_backward_kernel, "swiglu", _swiglu_backward),
+    "rotate": Case(rotate_kernel, "rotate", _rotate),
+    "rotate:backward": Case(
+        rotate_kernel, "rotate", lambda *given: _rotate(*given) | {"TRANSPOSED": True}, dtypes=("bf16",)
+    ),
+    # one key head is a constant to Triton; fp32 tables, and a head that no power of two holds exactly
+    "rotate:Hkv=1,d=80": Case(
+        rotate_kernel,
+        "rotate",
+        lambda *given: _rotate(*given, d=80, n_k_heads=1, fewest=1) | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"},
+        dtypes=("bf16",),
+    ),
+    # the gradient of q alone, and what a thread holds of the widest head
+    "rotate:q,d=256": Case(
+        rotate_kernel,
+        "rotate",
+        lambda *given: _rotate(*given, d=256, n_k_heads=0) | {"k_ptr": None, "k_out_ptr": None, "TRANSPOSED": True},
+        dtypes=("fp16",),
+    ),
 }

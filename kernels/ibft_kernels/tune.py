@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ._launch import LAUNCH_FOLDER, architecture_of, chosen, shapes_of, stored_shape
+from ._launch import LAUNCH_FOLDER, architecture_of, chosen, shape_key, shapes_of, stored_shape
 from ._triton import HAVE_TRITON, triton
 from .ops._cross_entropy_triton import cross_entropy_triton_, scatter_rows_triton
 from .ops._ib_bottleneck_triton import backward_fused, forward_fused
@@ -33,12 +33,13 @@ from .ops.ib_bottleneck import ib_bottleneck
 from .ops.ib_lora_backward import ib_lora_backward
 from .ops.nf4 import launch_nf4_dequantize
 from .ops.rms_norm import launch_rms_norm_backward, launch_rms_norm_forward
+from .ops.rope import launch_rotate
 from .ops.swiglu import launch_swiglu_backward_, launch_swiglu_forward
 
 __all__ = ["KERNELS", "Measurement", "main", "measure", "search", "write_shapes"]
 
-# tokens of a step, rows of a chunk of logits, latent size, hidden size, vocabulary
-ROWS, CHUNK, LATENT, HIDDEN, VOCABULARY = 8192, 512, 256, 4096, 102_400
+# tokens of a step, rows of a chunk of logits, latent size, hidden size, vocabulary, head size
+ROWS, CHUNK, LATENT, HIDDEN, VOCABULARY, HEAD = 8192, 512, 256, 4096, 102_400, 128
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def _philox(dtype: torch.dtype, device: torch.device) -> Work:
 
 def _dropout(dtype: torch.dtype, device: torch.device) -> Work:
     x = torch.randn(ROWS, HIDDEN, dtype=dtype, device=device)
-    return Work(lambda: launch_dropout(x, 3277, 1, None), 2 * x.nbytes)
+    y = torch.empty_like(x)
+    return Work(lambda: launch_dropout(y, x, 3277, 1, None), 2 * x.nbytes)
 
 
 def _ib_kl(dtype: torch.dtype, device: torch.device) -> Work:
@@ -138,9 +140,24 @@ def _swiglu(dtype: torch.dtype, device: torch.device) -> Work:
     return Work(run, 9 * dh.nbytes)
 
 
-def _encoder(dtype: torch.dtype, device: torch.device) -> tuple[Spec, torch.Tensor, torch.Tensor, int]:
-    """(spec, hidden, weight, flops of one product). fp32 latents are half as wide: what its backward keeps on chip."""
-    latent = LATENT if dtype.itemsize == 2 else LATENT // 2
+def _rotate(dtype: torch.dtype, device: torch.device) -> Work:
+    """Slices of one projection's output, four query heads to a key head."""
+    n_q, n_k = HIDDEN // HEAD, max(1, HIDDEN // HEAD // 4)
+    heads = torch.randn(ROWS, n_q + 2 * n_k, HEAD, dtype=dtype, device=device)
+    xs = heads[:, :n_q], heads[:, n_q : n_q + n_k]
+    cos, sin = torch.randn(2, ROWS, HEAD, dtype=dtype, device=device)
+    return Work(lambda: launch_rotate(xs, cos, sin, transposed=False), 2 * sum(x.nbytes for x in (*xs, cos)))
+
+
+def _encoder(
+    dtype: torch.dtype, device: torch.device, backward: str = "ib_bottleneck_backward"
+) -> tuple[Spec, torch.Tensor, torch.Tensor, int]:
+    """(spec, hidden, weight, flops of one product). The latent is as wide as the stored entry of the `backward` kernel
+    says to fit on chip: half of LATENT in fp32, and on sm_75.
+    """
+    architecture = architecture_of(device)
+    stored = stored_shape(architecture, shape_key(backward, architecture, dtype))
+    latent = min(LATENT, stored["BLOCK_Z"])
     hidden = torch.randn(ROWS, HIDDEN, dtype=dtype, device=device)
     weight = torch.randn(2 * latent, HIDDEN, dtype=dtype, device=device)
     return Spec(torch.float32, (-4.0, 4.0), "mean", "fused"), hidden, weight, 2 * ROWS * HIDDEN * 2 * latent
@@ -163,7 +180,7 @@ def _ib_bottleneck_backward(dtype: torch.dtype, device: torch.device) -> Work:
 
 def _lora_backward(dtype: torch.dtype, device: torch.device, rank: int) -> tuple[Spec, dict[str, Any], int]:
     """(spec, the tensors of `ib_lora_backward` with a trained encoder, flops)."""
-    spec, dhidden, weight, flops = _encoder(dtype, device)
+    spec, dhidden, weight, flops = _encoder(dtype, device, "ib_lora_backward_fused")
     (n_rows, width), n_pair, one = dhidden.shape, weight.shape[0], torch.ones(1, device=device)
     mulogvar, dz = (torch.randn(n_rows, n_pair // n, dtype=dtype, device=device) for n in (1, 2))
     lora_b = torch.randn(width, rank, dtype=dtype, device=device)
@@ -212,7 +229,8 @@ def _grid(**choices: tuple[int, ...]) -> list[dict[str, int]]:
 
 _TILES = _grid(TILE=(512, 1024, 2048, 4096), num_warps=(2, 4, 8), num_stages=(1,))
 
-# entry of launch/*.json -> (what to time, candidates)
+# entry of launch/*.json -> (what to time, candidates). What a candidate leaves out stays as stored: the backwards'
+# BLOCK_Z says how wide a latent fits on chip, which the AOT table decides and a clock at one width cannot.
 KERNELS: dict[str, tuple[Callable[[torch.dtype, torch.device], Work], list[dict[str, Any]]]] = {
     "philox": (_philox, _TILES),
     "dropout": (_dropout, _TILES),
@@ -225,6 +243,7 @@ KERNELS: dict[str, tuple[Callable[[torch.dtype, torch.device], Work], list[dict[
     "nf4_dequantize": (_nf4_dequantize, _TILES),
     "rms_norm": (_rms_norm, _TILES),
     "swiglu": (_swiglu, _TILES),
+    "rotate": (_rotate, _TILES),
     "ib_bottleneck_forward/16": (
         _ib_bottleneck_forward,
         _grid(BLOCK_N=(64, 128), BLOCK_Z=(32, 64, 128), BLOCK_K=(32, 64), num_warps=(4, 8), num_stages=(2, 3, 4)),
@@ -235,24 +254,21 @@ KERNELS: dict[str, tuple[Callable[[torch.dtype, torch.device], Work], list[dict[
     ),
     "ib_bottleneck_backward/16": (
         _ib_bottleneck_backward,
-        _grid(BLOCK_N=(16, 32, 64), BLOCK_Z=(256,), BLOCK_D=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)),
+        _grid(BLOCK_N=(16, 32, 64), BLOCK_D=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)),
     ),
     "ib_bottleneck_backward/32": (
         _ib_bottleneck_backward,
-        _grid(BLOCK_N=(16, 32), BLOCK_Z=(128,), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(1, 2)),
+        _grid(BLOCK_N=(16, 32), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(1, 2)),
     ),
     "ib_lora_backward_fused/16": (
         _ib_lora_backward_fused,
         _grid(
-            BLOCK_N=(16, 32, 64), BLOCK_Z=(256,), BLOCK_D=(32, 64, 128), BLOCK_R=(64,), num_warps=(4, 8),
-            num_stages=(1, 2, 3),
+            BLOCK_N=(16, 32, 64), BLOCK_D=(32, 64, 128), BLOCK_R=(64,), num_warps=(4, 8), num_stages=(1, 2, 3)
         ),
     ),
     "ib_lora_backward_fused/32": (
         _ib_lora_backward_fused,
-        _grid(
-            BLOCK_N=(16, 32), BLOCK_Z=(128,), BLOCK_D=(32, 64), BLOCK_R=(64,), num_warps=(4, 8), num_stages=(1, 2, 3)
-        ),
+        _grid(BLOCK_N=(16, 32), BLOCK_D=(32, 64), BLOCK_R=(64,), num_warps=(4, 8), num_stages=(1, 2, 3)),
     ),
     # last: which of the two ways the op takes, once both have their best shapes
     "ib_lora_backward": (_ib_lora_backward_routes, [{"route": "fused"}, {"route": "product"}]),
@@ -274,7 +290,7 @@ def measure(key: str, device: torch.device) -> Iterator[Measurement]:
     place = (architecture_of(device), key)
     stored, before = stored_shape(*place), chosen.get(place)
     try:
-        for shape in [stored, *(c for c in candidates if c != stored)]:
+        for shape in [stored, *(made for c in candidates if (made := stored | c) != stored)]:
             chosen[place] = shape  # what the launcher then takes
             try:
                 ms = _time_ms(work.run)

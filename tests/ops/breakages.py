@@ -171,6 +171,10 @@ BREAKAGES = [
              _DROPOUT_EQUAL),
     Breakage("dropout: four columns a call", DROPOUT, "first // 8 + tl.arange", "first // 4 + tl.arange",
              _DROPOUT_EQUAL),
+    Breakage("dropout: does not add", DROPOUT, "y += tl.load(y_ptrs", "y += 0 * tl.load(y_ptrs",
+             _DROPOUT + "test_adding_a_gradient_to_others"),
+    Breakage("dropout: wrong row stride of the sum", DROPOUT, "rows_n[:, None] * stride_yn",
+             "rows_n[:, None] * n_columns", _DROPOUT + "test_adding_a_gradient_to_others"),
     Breakage("dropout: wrong row stride", DROPOUT, "rows_n[:, None] * stride_xn", "rows_n[:, None] * n_columns",
              _DROPOUT + "test_strided_input_and_gradient"),
     # ib_kl
@@ -337,8 +341,8 @@ BREAKAGES = [
     # whole LoRA layers
     Breakage("layer: x instead of the dropped x", LAYER, "dropped_ND = dropout.again(x_ND, kept.mask)", "pass",
              _LAYERS + "test_qkv"),
-    Breakage("layer: no dropout in dx", LAYER, "dropout.again(torch.mm(t_NR, shadow.a_RD), kept.mask)",
-             "torch.mm(t_NR, shadow.a_RD)", _LAYERS + "test_qkv"),
+    Breakage("layer: no dropout in dx", LAYER, "dropout.add_(dx_ND, torch.mm(t_NR, shadow.a_RD), kept.mask)",
+             "dx_ND.addmm_(t_NR, shadow.a_RD)", _LAYERS + "test_qkv"),
     Breakage("layer: dB unscaled", LAYER, "db if p.scaling == 1 else db.mul_(p.scaling)", "db", _LAYERS + "test_qkv"),
     Breakage("layer: the first reader's dx alone", LAYER, "dx_ND.addmm_(dy_NO, dense(p.weight, dy_NO.dtype))", "pass",
              _LAYERS + "test_qkv"),

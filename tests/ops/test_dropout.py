@@ -125,6 +125,33 @@ def test_each_element_is_read_and_written_once():
         assert traffic.stored == x.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_adding_a_gradient_to_others(backend, device, dtype):
+    """In place, into strided rows, nothing beside them touched, and rounded once: within one unit in the last place."""
+    ids = ids_for(37, device)
+    dy, wide = torch.randn(37, 100, device=device).to(dtype), torch.randn(37, 300, device=device).to(dtype)
+    before, settings = wide.clone(), (ids, 20_000, None, 9, backend)
+    _, keep = torch.ops.ibft_kernels.philox_dropout(dy, *settings)
+    torch.ops.ibft_kernels.philox_dropout_add_(wide[:, 100:200], dy, keep, *settings)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    gradient = reference.philox_dropout(dy.to(exact), 20_000 / 2**16, seed=9, noise_ids=ids)
+    expected = before.clone()
+    expected[:, 100:200] = (before[:, 100:200].to(exact) + gradient).to(dtype)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    torch.testing.assert_close(wide, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(wide[:, :100], before[:, :100])
+    assert torch.equal(wide[:, 200:], before[:, 200:])
+
+
+def test_adding_reads_two_and_writes_one():
+    dx, dy = torch.zeros(100, 300, dtype=torch.float16), torch.ones(100, 300, dtype=torch.float16)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    with count_bytes() as traffic:
+        torch.ops.ibft_kernels.philox_dropout_add_(dx, dy, nothing, ids_for(100, dx.device), 3277, None, 1, "triton")
+    assert within(traffic.loaded, 2 * dx.nbytes)
+    assert traffic.stored == dx.nbytes
+
+
 def test_nothing_to_drop_returns_the_input(backend, device):
     x = torch.randn(3, 4, device=device)
     for p in (0, 0.0, 1e-6):

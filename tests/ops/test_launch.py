@@ -218,7 +218,7 @@ def test_what_is_timed_runs_and_takes_the_candidate(monkeypatch, no_choice, key)
     work = make(torch.float32 if key.endswith("/32") else torch.float16, CPU)
     assert work.bytes + work.flops > 0
     for shape in (candidates[0], candidates[-1]):
-        _launch.chosen["interpreter", key] = shape
+        _launch.chosen["interpreter", key] = _launch.stored_shape("interpreter", key) | shape
         work.run()
     assert key in asked
 
@@ -227,7 +227,24 @@ def test_what_is_timed_runs_and_takes_the_candidate(monkeypatch, no_choice, key)
 def test_every_entry_can_be_searched(name):
     assert set(_launch.shapes_of(name)) == set(tune.KERNELS)
     for key, (_, candidates) in tune.KERNELS.items():
-        assert all(set(shape) == set(_launch.stored_shape(name, key)) for shape in candidates), key
+        stored = set(_launch.stored_shape(name, key))
+        assert {frozenset(stored - set(shape)) for shape in candidates} <= {frozenset(), frozenset({"BLOCK_Z"})}, key
+        assert all(set(shape) <= stored for shape in candidates), key
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kernel", ["ib_bottleneck_backward", "ib_lora_backward_fused"])
+def test_the_latent_that_is_timed_fits_on_chip(monkeypatch, no_choice, name, kernel):
+    """And no candidate claims another width, which the op would then take the fused route for."""
+    monkeypatch.setattr(tune, "architecture_of", lambda _: name)
+    monkeypatch.setattr(tune, "ROWS", 2)
+    monkeypatch.setattr(tune, "HIDDEN", 16)
+    monkeypatch.setattr(tune, "_time_ms", lambda run: 1.0)
+    for bits, dtype in ((16, torch.bfloat16), (32, torch.float32)):
+        widest = _launch.shapes_of(name)[f"{kernel}/{bits}"]["BLOCK_Z"]
+        _, _, weight, _ = tune._encoder(dtype, CPU, kernel)
+        assert weight.shape[0] // 2 == min(tune.LATENT, widest)
+        assert {m.shape["BLOCK_Z"] for m in tune.measure(f"{kernel}/{bits}", CPU)} == {widest}
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -72,6 +72,12 @@ def philox_dropout_backward_cases(backend: str) -> Iterator[Case]:
     yield rows(N, Z, grad=False), keep, ids(), 20_000, SEED, 0, backend
 
 
+def philox_dropout_add_cases(backend: str) -> Iterator[Case]:
+    for arguments in philox_dropout_backward_cases(backend):
+        yield rows(N, Z, grad=False), *arguments
+    yield rows(N, 2 * Z, grad=False)[:, Z:], *arguments
+
+
 def ib_kl_loss_cases(backend: str) -> Iterator[Case]:
     halves = torch.randn(N, 2 * Z).chunk(2, dim=1)
     mask, normalizer = torch.randint(0, 2, (N,), dtype=torch.uint8), torch.full((1,), 3.0)
@@ -229,6 +235,7 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "philox_normal": philox_normal_cases,
     "philox_dropout": philox_dropout_cases,
     "philox_dropout_backward": philox_dropout_backward_cases,
+    "philox_dropout_add_": philox_dropout_add_cases,
     "ib_kl_loss": ib_kl_loss_cases,
     "ib_kl_backward": ib_kl_backward_cases,
     "ib_bottleneck": ib_bottleneck_cases,
@@ -394,7 +401,7 @@ GRAPHS = {
 # containers; host arithmetic
 NO_OP = {
     "Dropout", "FoldedHead", "IBLoraGradients", "Latent", "Linear", "LoraProjection", "LoraShadow", "MlpShadow",
-    "ObjectiveParts", "Tapped", "fold_pays", "noise_key",
+    "ObjectiveParts", "Tapped", "fold_pays", "noise_key", "refresh_shadows",
 }  # fmt: skip
 BESIDE_A_GRAPH = {"lora_linear", "lora_qkv", "lora_mlp", "ib_lora_mlp"}  # nodes of whole layers, not compiled
 

@@ -7,6 +7,8 @@ Sixteen bits decide one element, so a Philox call (key and counter as in `philox
 halves the integer work of four columns a call, and costs p a rounding of at most 2^-17 (the scale uses the rounded p,
 so the mean stays exact). The counters repeat those of the normals; the stream in the key keeps the two apart.
 
+`dropout_add_` adds y to what a buffer holds, in the same visit: how a gradient through the mask joins others.
+
 Saved for backward: nothing on the Triton path (the mask is recomputed); one byte an element on the torch path, where
 recomputing costs ten times what reading the byte does.
 Legend: N rows, C columns, J = ceil(C / 8) calls a row.
@@ -49,6 +51,8 @@ def dropout_kernel(
     n_rows,
     n_columns,
     stride_xn,
+    stride_yn,
+    ADD: tl.constexpr,  # to what y holds
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -71,28 +75,36 @@ def dropout_kernel(
     x = tl.load(x_ptr + rows_n[:, None] * stride_xn + columns_c[None, :], mask=mask_nc).to(COMPUTE)
     # a product, not a choice: a NaN under a dropped element still shows, as in torch
     y = x * tl.where(bits >= threshold - 32768, scale, 0.0)
-    y_offsets = rows_n[:, None] * n_columns + columns_c[None, :]
-    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask_nc)
+    y_ptrs = y_ptr + rows_n[:, None] * stride_yn + columns_c[None, :]
+    if ADD:
+        y += tl.load(y_ptrs, mask=mask_nc).to(COMPUTE)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_nc)
 
 
 # --- launcher and torch path ----------------------------------------------------------------------
 
 
 def launch_dropout(
-    x_NC: torch.Tensor, threshold: int, seed: int | torch.Tensor, ids_N3: torch.Tensor | None
-) -> torch.Tensor:
-    y_NC = torch.empty(x_NC.shape, dtype=x_NC.dtype, device=x_NC.device)
-    if x_NC.numel():
-        n_rows, n_columns = x_NC.shape
-        shape = launch_shape("dropout", x_NC.device, x_NC.dtype)
-        block_n, block_c = tile_blocks(shape.pop("TILE"), n_columns)
-        grid = (triton.cdiv(n_rows, block_n), triton.cdiv(n_columns, block_c))
-        compute = tl.float64 if x_NC.dtype == torch.float64 else tl.float32
-        dropout_kernel[grid](
-            x_NC, y_NC, ids_N3, *seed_arguments(seed), threshold, n_rows, n_columns, x_NC.stride(0),
-            COMPUTE=compute, BLOCK_N=block_n, BLOCK_C=block_c, **shape,
-        )  # fmt: skip
-    return y_NC
+    y_NC: torch.Tensor,
+    x_NC: torch.Tensor,
+    threshold: int,
+    seed: int | torch.Tensor,
+    ids_N3: torch.Tensor | None,
+    *,
+    add: bool = False,
+) -> None:
+    """Fill y, or add to it; adjacent columns, rows of any stride."""
+    if x_NC.numel() == 0:
+        return
+    n_rows, n_columns = x_NC.shape
+    shape = launch_shape("dropout", x_NC.device, x_NC.dtype)
+    block_n, block_c = tile_blocks(shape.pop("TILE"), n_columns)
+    grid = (triton.cdiv(n_rows, block_n), triton.cdiv(n_columns, block_c))
+    compute = tl.float64 if x_NC.dtype == torch.float64 else tl.float32
+    dropout_kernel[grid](
+        x_NC, y_NC, ids_N3, *seed_arguments(seed), threshold, n_rows, n_columns, x_NC.stride(0), y_NC.stride(0),
+        ADD=add, COMPUTE=compute, BLOCK_N=block_n, BLOCK_C=block_c, **shape,
+    )  # fmt: skip
 
 
 def _keep_mask(
@@ -131,7 +143,9 @@ def _dropout_op(x, noise_ids, threshold, seed_tensor, seed, backend):
     """keep: the torch path's mask, uint8 [N, C]; empty on the Triton path."""
     key = join_seed(seed_tensor, seed)
     if backend == "triton":
-        return launch_dropout(x, threshold, key, noise_ids), torch.empty(0, dtype=torch.uint8, device=x.device)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        launch_dropout(y, x, threshold, key, noise_ids)
+        return y, torch.empty(0, dtype=torch.uint8, device=x.device)
     keep = _keep_mask(*x.shape, threshold, key, noise_ids, x.device)
     return _scaled(x, keep, threshold), keep
 
@@ -144,13 +158,33 @@ def _(x, noise_ids, threshold, seed_tensor, seed, backend):
 @library_op("philox_dropout_backward", f"(Tensor dy, Tensor keep, {_ARGUMENTS}) -> Tensor")
 def _dropout_backward_op(dy, keep, noise_ids, threshold, seed_tensor, seed, backend):
     if backend == "triton":
-        return launch_dropout(dy, threshold, join_seed(seed_tensor, seed), noise_ids)
+        dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+        launch_dropout(dx, dy, threshold, join_seed(seed_tensor, seed), noise_ids)
+        return dx
     return _scaled(dy, keep, threshold)
 
 
 @_dropout_backward_op.register_fake
 def _(dy, keep, noise_ids, threshold, seed_tensor, seed, backend):
     return dy.new_empty(dy.shape)
+
+
+@library_op(
+    "philox_dropout_add_", f"(Tensor(a!) dx, Tensor dy, Tensor keep, {_ARGUMENTS}) -> ()", mutates=["dx"]
+)
+def _dropout_add_op(dx, dy, keep, noise_ids, threshold, seed_tensor, seed, backend):
+    """dx [N, C] += the gradient of what dropped; one visit."""
+    if backend == "triton":
+        launch_dropout(dx, dy, threshold, join_seed(seed_tensor, seed), noise_ids, add=True)
+    elif dx.dtype in (torch.float32, torch.float64):
+        dx.addcmul_(dy, keep.to(dx.dtype), value=LEVELS / (LEVELS - threshold))
+    else:
+        dx.copy_(dx.float().addcmul_(dy.float(), keep.float(), value=LEVELS / (LEVELS - threshold)))
+
+
+@_dropout_add_op.register_fake
+def _(dx, dy, keep, noise_ids, threshold, seed_tensor, seed, backend):
+    return None
 
 
 def _setup_context(ctx, inputs, output):

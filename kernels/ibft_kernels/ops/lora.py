@@ -20,7 +20,7 @@ Legend: N rows (tokens), D inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,9 +28,9 @@ import torch.nn.functional as F
 
 from .._dispatch import resolve_backend
 from ._rows import FLOATS, as_rows, check_seed, rows_of_ids, split_seed
-from .dropout import LEVELS, _dropout_backward_op, _dropout_op
+from .dropout import LEVELS, _dropout_add_op, _dropout_backward_op, _dropout_op
 
-__all__ = ["Dropout", "LoraProjection", "LoraShadow", "QuantizedWeight", "lora_linear", "lora_qkv"]
+__all__ = ["Dropout", "LoraProjection", "LoraShadow", "QuantizedWeight", "lora_linear", "lora_qkv", "refresh_shadows"]
 
 
 class QuantizedWeight(Protocol):
@@ -88,16 +88,27 @@ class LoraShadow:
                     self.b_OR.append(torch.empty(p.lora_b.shape, dtype=dtype, device=first.device))
             self.refresh()
 
-    @torch.no_grad()
     def refresh(self) -> None:
-        if self.a_RD is None:
-            return
-        parts = self.a_RD.split([p.rank for p in self.adapted])
-        for p, a, b in zip(self.adapted, parts, self.b_OR, strict=True):
+        """Round the masters again."""
+        refresh_shadows([self])
+
+
+@torch.no_grad()
+def refresh_shadows(shadows: Iterable[LoraShadow]) -> None:
+    """`LoraShadow.refresh` of many, in a few launches."""
+    rounded: list[torch.Tensor] = []
+    masters: list[torch.Tensor] = []
+    for shadow in shadows:
+        if shadow.a_RD is None:
+            continue
+        parts = shadow.a_RD.split([p.rank for p in shadow.adapted])
+        for p, a, b in zip(shadow.adapted, parts, shadow.b_OR, strict=True):
             assert p.lora_a is not None
             assert p.lora_b is not None
-            a.copy_(p.lora_a)
-            b.copy_(p.lora_b if p.scaling == 1 else p.lora_b * p.scaling)
+            rounded += [a, b]
+            masters += [p.lora_a, p.lora_b if p.scaling == 1 else p.lora_b * p.scaling]
+    if rounded:
+        torch._foreach_copy_(rounded, masters)
 
 
 # --- rows: forward and backward without autograd --------------------------------------------------
@@ -116,8 +127,13 @@ class RowDropout(NamedTuple):
         return _dropout_op(x_ND, self.ids_N3, self.threshold, *self.seed, self.backend)
 
     def again(self, x_ND: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """The same elements of another tensor: x' once more, or a gradient through it."""
+        """x' once more."""
         return _dropout_backward_op(x_ND, keep, self.ids_N3, self.threshold, *self.seed, self.backend)
+
+    def add_(self, dx_ND: torch.Tensor, dy_ND: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """dx + the gradient dy through the mask, in dx's place."""
+        _dropout_add_op(dx_ND, dy_ND, keep, self.ids_N3, self.threshold, *self.seed, self.backend)
+        return dx_ND
 
 
 class Kept(NamedTuple):
@@ -215,7 +231,7 @@ def input_gradient(
     if dropout is None:
         return dx_ND.addmm_(t_NR, shadow.a_RD)
     assert kept.mask is not None
-    return dx_ND.add_(dropout.again(torch.mm(t_NR, shadow.a_RD), kept.mask))
+    return dropout.add_(dx_ND, torch.mm(t_NR, shadow.a_RD), kept.mask)
 
 
 def backward_rows(

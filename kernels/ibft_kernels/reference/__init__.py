@@ -14,6 +14,7 @@ from .nf4 import nf4_dequantize
 from .objective import ib_objective
 from .philox import noise_key, philox_normal
 from .rms_norm import add_rms_norm, rms_norm
+from .rope import rotate
 from .swiglu import swiglu_backward_, swiglu_forward
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "philox_dropout",
     "philox_normal",
     "rms_norm",
+    "rotate",
     "swiglu_backward_",
     "swiglu_forward",
 ]

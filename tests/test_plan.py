@@ -1,0 +1,321 @@
+"""The memory planner: its predictions against measured steps, its choices, and what it says of published models."""
+
+import gc
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peak_memory import live_bytes, tensor_storages
+from tiny_models import random_samples, save_tiny_model, tiny_model_config, tiny_trainer
+
+from ibft.errors import ConfigError
+from ibft.load_config import load_config
+from ibft.plan import CUDA_CONTEXT, GIB, Load, ModelShape, Plan, Setup, changed, choose_plan, estimate, flops
+from ibft.recompute import set_recompute
+from ibft.tiny import BASE_DIR
+from ibft_kernels._workspace import release_logits_buffer
+
+SHAPES = {
+    "deepseek-coder-7b": ModelShape(4096, 11008, 30, 102_400, 32, 32, 128),
+    "codellama-34b": ModelShape(8192, 22016, 48, 32_016, 64, 8, 128),
+    "llama-3-70b": ModelShape(8192, 28672, 80, 128_256, 64, 8, 128),
+    "qwen2.5-1.5b": ModelShape(1536, 8960, 28, 151_936, 12, 2, 128, tied=True, qkv_bias=True),
+}
+
+
+def setup_of(shape, *overrides, device="cuda"):
+    config = load_config(None, ["model.name_or_path=x", "data.path=y", *overrides])[0]
+    return Setup.of(SHAPES.get(shape, shape), config, device)
+
+
+# --- against what is measured ---------------------------------------------------------------------
+
+
+class Measured:
+    """A trainer, and the live bytes of its training step and of its forward, in one mode after the other."""
+
+    def __init__(self, folder, *overrides, packing, alpha, length=256):
+        from accelerate.state import AcceleratorState
+        from transformers import AutoConfig
+
+        AcceleratorState._reset_state(True)
+        release_logits_buffer()
+        self.before = tensor_storages()  # held, so that no address is given out again
+        lengths = [length * 3 // 10, length * 4 // 10, length // 3] * 8 if packing else [length] * 4
+        self.trainer = tiny_trainer(
+            folder, random_samples(lengths), f"data.max_length={length}", f"data.packing={packing}",
+            f"ib.alpha={alpha}", "ib.latent_dim=64", "lora.r=16", "lora.dropout=0.05",
+            "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=1", *overrides,
+        )  # fmt: skip
+        self.step = next(iter(self.trainer.batches(self.trainer.data, epoch=0)))
+        (batch,) = self.step
+        shape = ModelShape.of(AutoConfig.from_pretrained(folder))
+        squares = sum(n * n for n in batch.segments.lengths) if packing else 2 * length**2
+        load = Load(2, batch.input_ids.shape[1], batch.num_label_tokens, 1, squares)
+        itemsize = 2 if self.trainer.config.train.mixed_precision == "bf16" else 4
+        self.setup = Setup.of(shape, self.trainer.config, "cpu", itemsize, load)
+
+    def in_mode(self, mode):
+        """(total of a step, kept between forward and backward), in bytes."""
+        trainer, layers = self.trainer, self.setup.shape.layers
+        set_recompute(trainer.model, trainer.fused, [mode] * layers)
+        trainer.train_step(self.step)  # makes the optimizer's state and the shadows
+        held = sum(s.nbytes() for address, s in tensor_storages().items() if address not in self.before)
+        peak, _ = live_bytes(lambda: trainer.train_step(self.step))
+        outputs = []
+        (batch,) = self.step
+        request = trainer.request(batch, batch.num_kl_tokens)
+        with trainer.fused.held(), trainer.context.batch(batch.noise_ids, batch.segments, request):
+            with trainer.accelerator.autocast():
+                _, left = live_bytes(lambda: outputs.append(trainer.last_hidden(batch)))
+        return held + peak, left - outputs[0].nbytes
+
+    def check(self, modes=("none", "mlp", "full"), tolerance=0.1):
+        for mode in modes:
+            total, kept = self.in_mode(mode)
+            predicted = estimate(self.setup, Plan((mode,) * self.setup.shape.layers))
+            print(f"{mode}: total {predicted.total / total:.3f}, kept {predicted.kept / kept:.3f} of what was measured")
+            assert predicted.total == pytest.approx(total, rel=tolerance), mode
+            assert predicted.kept == pytest.approx(kept, rel=tolerance), mode
+            gc.collect()
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0])
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_bundled_model_takes_what_is_predicted(packing, alpha):
+    """Within 10 %, total and kept activations, by the bytes that torch's allocator had handed out."""
+    Measured(str(BASE_DIR), "ib.layer=5", packing=packing, alpha=alpha).check()
+
+
+def test_another_family_takes_what_is_predicted(tmp_path):
+    """Biases on q, k and v; two query heads a key head."""
+    Measured(save_tiny_model(tmp_path, "qwen2", hidden=128, layers=4), packing=True, alpha=0.1).check()
+
+
+def test_q_and_k_norms_and_16_bits_take_what_is_predicted(tmp_path):
+    folder = save_tiny_model(tmp_path, "qwen3", hidden=128, layers=4)
+    Measured(folder, "train.mixed_precision=bf16", packing=True, alpha=0.1).check(("none", "full"))
+
+
+def test_without_quantisation_with_8_bit_moments_and_fewer_adapters():
+    Measured(
+        str(BASE_DIR), "ib.layer=5", "model.quantization=none", "train.optim=adamw_8bit",
+        "lora.target_modules=[q_proj,v_proj,down_proj]", "lora.dropout=0", packing=True, alpha=0.1,
+    ).check(("none", "mlp"))  # fmt: skip
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_parameters_are_counted_as_transformers_does(family):
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_model_config(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert ModelShape.of(config).parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions", "card", "most"),
+    [("deepseek-coder-7b", 6.91, 8, 0.05), ("codellama-34b", 33.74, 24, 0.05), ("llama-3-70b", 70.55, 48, 0.05)],
+)
+def test_published_models_fit_the_cards_they_are_meant_for(shape, billions, card, most):
+    """One row of 2,048 tokens, 8-bit moments, r 32: on the card, with the margin to spare."""
+    setup = setup_of(shape, "train.optim=adamw_8bit")
+    assert setup.shape.parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    choice = choose_plan(setup, card * GIB - CUDA_CONTEXT)
+    print(f"{shape}: {choice.estimate.total / GIB:.2f} GiB; {choice.plan.describe()}; {choice.estimate.lines}")
+    assert choice.fits
+    assert choice.estimate.total <= (1 - most) * (card * GIB - CUDA_CONTEXT)
+    assert not choose_plan(setup, card * GIB // 2).fits
+
+
+def test_bytes_of_a_7b_by_hand():
+    """The lines that a reader can check on paper."""
+    setup = setup_of("deepseek-coder-7b", "train.optim=adamw_8bit", "ib.alpha=0")
+    lines = estimate(setup, Plan(("full",) * 30)).lines
+    linears = 30 * (4 * 4096**2 + 3 * 4096 * 11008)
+    packed = linears / 2 + linears / 64 + linears / 64 / 256 * 4
+    assert lines["base weights"] == pytest.approx(packed + 2 * 2 * 102_400 * 4096, rel=1e-3)
+    adapters = 30 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert lines["adapters"] == adapters * 6
+    assert lines["gradients"] <= adapters * 4
+    assert lines["optimizer state"] == pytest.approx(adapters * (2 + 8 / 256), rel=1e-3)
+    assert lines["bottleneck"] == lines["folded head"] == 0
+    # the inputs of 30 blocks and of the final norm, and rotation's tables
+    inputs = 31 * 2048 * 4096 * 2 + 2048 * 2 * 128 * 2
+    assert lines["kept activations"] == pytest.approx(inputs, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["none", "mlp", "full"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_longer_rows_and_more_layers_take_more(device, mode):
+    def total(length, layers):
+        shape = replace(SHAPES["deepseek-coder-7b"], layers=layers)
+        setup = setup_of(shape, f"data.max_length={length}", device=device)
+        return estimate(setup, Plan((mode,) * layers)).total
+
+    by_length = [total(length, 12) for length in (128, 512, 1024, 2048, 8192)]
+    by_layers = [total(1024, layers) for layers in (4, 5, 12, 30)]
+    assert by_length == sorted(set(by_length))
+    assert by_layers == sorted(set(by_layers))
+
+
+def test_flops_of_a_7b_are_about_six_a_parameter_and_token():
+    """4 N P of the frozen base, and recomputation a third and more of that."""
+    setup = setup_of("deepseek-coder-7b", "ib.alpha=0", "train.gradient_accumulation_steps=1")
+    parts = flops(setup, Plan(("full",) * 30))
+    linears = 30 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert parts["base"] == pytest.approx(4 * 2048 * linears, rel=0.01)
+    assert parts["head"] == 4 * 2048 * 4096 * 102_400
+    assert parts["recomputation"] == pytest.approx(2 * 2048 * linears, rel=0.1)
+    assert flops(setup, Plan(("none",) * 30))["recomputation"] == 0
+    assert flops(setup, Plan(("mlp",) * 30))["recomputation"] == 30 * 2 * 2048 * 2 * 4096 * 11008
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+settings = st.fixed_dictionaries(
+    {
+        "shape": st.sampled_from(sorted(SHAPES)),
+        "length": st.sampled_from([256, 1024, 2048, 8192]),
+        "rows": st.sampled_from([1, 2, 4]),
+        "alpha": st.sampled_from([0, 0.1]),
+        "optim": st.sampled_from(["adamw_torch_fused", "adamw_8bit"]),
+        "device": st.sampled_from(["cpu", "cuda"]),
+    }
+)
+
+
+def drawn_setup(drawn):
+    return setup_of(
+        drawn["shape"], f"data.max_length={drawn['length']}", f"train.per_device_train_batch_size={drawn['rows']}",
+        f"ib.alpha={drawn['alpha']}", f"train.optim={drawn['optim']}", device=drawn["device"],
+    )  # fmt: skip
+
+
+@given(settings, st.floats(0.5, 200), st.floats(1, 2))
+def test_more_memory_never_means_more_recomputation(drawn, gib, factor):
+    setup = drawn_setup(drawn)
+    tight, wide = (choose_plan(setup, int(budget * GIB)) for budget in (gib, gib * factor))
+    assert wide.fits or not tight.fits
+    again = [flops(setup, choice.plan)["recomputation"] for choice in (tight, wide)]
+    assert again[1] <= again[0]
+    if wide.plan.activation_offloading or wide.plan.offload_embeddings:
+        assert tight.plan.activation_offloading
+
+
+@given(settings, st.floats(0.5, 200))
+def test_what_is_said_to_fit_fits_and_what_is_advised_too(drawn, gib):
+    setup, budget = drawn_setup(drawn), int(gib * GIB)
+    choice = choose_plan(setup, budget)
+    assert len(choice.plan.modes) == setup.shape.layers
+    if choice.fits:
+        assert choice.estimate.total <= budget
+        assert choice.change == ()
+    elif choice.change:
+        other = changed(setup, choice.change)
+        assert choose_plan(other, budget).fits
+        old, new = setup.config.train, other.config.train
+        assert (
+            new.per_device_train_batch_size * new.gradient_accumulation_steps
+            == old.per_device_train_batch_size * old.gradient_accumulation_steps
+        )
+        # the overrides are what a user can type
+        load_config(None, ["model.name_or_path=x", "data.path=y", *choice.change])
+
+
+def test_the_mix_is_the_cheapest_that_fits():
+    """Against every mix there is, on a small depth."""
+    setup = setup_of(replace(SHAPES["deepseek-coder-7b"], layers=6), "train.optim=adamw_8bit")
+    totals = [estimate(setup, Plan((mode,) * 6)).total for mode in ("full", "none")]
+    for share in (0.02, 0.2, 0.4, 0.6, 0.8, 0.99):
+        budget = int((totals[0] + share * (totals[1] - totals[0])) / 0.95) + 1
+        plans = [
+            Plan(("full",) * full + ("mlp",) * mlp + ("none",) * (6 - full - mlp))
+            for full in range(7)
+            for mlp in range(7 - full)
+        ]
+        costs = [
+            flops(setup, plan)["recomputation"] for plan in plans if estimate(setup, plan).total <= 0.95 * budget
+        ]
+        choice = choose_plan(setup, budget)
+        assert flops(setup, choice.plan)["recomputation"] == min(costs)
+
+
+def test_the_order_of_the_last_resorts():
+    """All blocks, then their inputs to the host, then the embeddings; on a CPU there is no such place."""
+    setup = setup_of("llama-3-70b", "train.optim=adamw_8bit", "train.per_device_eval_batch_size=1")
+    everything = Plan(("full",) * 80)
+    plans = [
+        everything,
+        replace(everything, activation_offloading=True),
+        replace(everything, activation_offloading=True, offload_embeddings=True),
+    ]
+    totals = [estimate(setup, plan).total for plan in plans]
+    assert totals == sorted(totals, reverse=True)
+    for plan, total in zip(plans, totals, strict=True):
+        assert choose_plan(setup, int(total / 0.95) + 1).plan == plan
+    lacking = choose_plan(setup, int(0.9 * totals[-1]))
+    assert not lacking.fits
+    assert lacking.plan == plans[-1]
+    on_cpu = choose_plan(replace(setup, device="cpu"), 1 * GIB)
+    assert on_cpu.plan == everything
+    tied = choose_plan(setup_of("qwen2.5-1.5b"), GIB // 2)
+    assert tied.plan.activation_offloading
+    assert not tied.plan.offload_embeddings
+
+
+def test_what_is_asked_for_is_planned():
+    shape = "deepseek-coder-7b"
+    for asked, mode in (("true", "full"), ("false", "none"), ("mlp", "mlp")):
+        assert set(choose_plan(setup_of(shape, f"train.gradient_checkpointing={asked}"), None).plan.modes) == {mode}
+    offloaded = ["train.gradient_checkpointing=true", "train.activation_offloading=true"]
+    assert choose_plan(setup_of(shape, *offloaded), None).plan.activation_offloading
+    assert not choose_plan(setup_of(shape, *offloaded, device="cpu"), None).plan.activation_offloading
+    assert choose_plan(setup_of(shape, "model.offload_embeddings=true"), None).plan.offload_embeddings
+    unfused = setup_of(shape, "train.fused_kernels=false")
+    assert set(choose_plan(unfused, 500 * GIB).plan.modes) == {"full"}
+    with pytest.raises(ConfigError, match=r"model\.offload_embeddings.*tied"):
+        choose_plan(setup_of("qwen2.5-1.5b", "model.offload_embeddings=true"), None)
+    assert choose_plan(setup_of(shape), None).plan.describe() == "no recomputation"
+    assert Plan(("full", "mlp", "none")).describe() == "1 of 3 layers are recomputed; 1 layers recompute their MLP"
+
+
+def test_the_load_is_that_of_the_data():
+    """Longest row, share of labels, mean square of the segments."""
+    config = load_config(None, ["model.name_or_path=x", "data.path=y", "data.max_length=64"])[0]
+    data = random_samples([10, 30], prompt_share=0.5)
+    packed = Load.of(config, data)
+    assert (packed.length, packed.labels, packed.squares) == (40, 20, round(40 * (100 + 900) / 40))
+    padded = Load.of(load_config(None, ["model.name_or_path=x", "data.path=y", "data.packing=false"])[0], data)
+    assert padded.length == 30
+    assert Load.of(config).labels == Load.of(config).tokens == 64
+
+
+def test_a_container_limits_what_is_free(tmp_path):
+    from ibft.memory import _container_room, free_memory
+
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 50\n")
+    assert _container_room(tmp_path) == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _container_room(tmp_path) is None
+    assert _container_room(tmp_path / "absent") is None
+    free = free_memory(torch.device("cpu"))
+    assert free is None or 0 < free < 1 << 50
+
+
+def test_the_budget_of_a_run():
+    from ibft.run import memory_budget
+
+    runtime = SimpleNamespace(memory_budget=8.0)
+    config = SimpleNamespace(runtime=runtime)
+    assert memory_budget(config, torch.device("cpu")) == 8 * GIB
+    assert memory_budget(config, torch.device("cuda")) == 8 * GIB - CUDA_CONTEXT
