@@ -51,9 +51,10 @@ def live_bytes(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def tensor_storages() -> dict[int, torch.UntypedStorage]:
-    """Every storage of a CPU tensor that Python knows of, by address."""
+    """Every storage of a CPU tensor that Python's collector tracks, by address: after `gc.freeze()` the new ones."""
     gc.collect()
-    tensors = (x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu")
+    # by type(): asking every object's __class__ wakes lazy modules
+    tensors = (x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type == "cpu")
     return {s.data_ptr(): s for s in (x.untyped_storage() for x in tensors if x.layout == torch.strided)}
 
 

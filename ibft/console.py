@@ -50,14 +50,12 @@ class Console:
 
     def memory(self, config: Config, choice: Choice) -> None:
         """The plan and its predicted peak; where it does not fit, what would."""
-        for key, asked in (
-            ("train.activation_offloading", config.train.activation_offloading and not choice.plan.activation_offloading),
-            ("model.offload_embeddings", config.model.offload_embeddings and not choice.plan.offload_embeddings),
-        ):
-            if asked and choice.plan.count("full") == 0 and key.startswith("train"):
-                self.notice(f"{key}: no layer is recomputed, so there is nothing to offload")
-            elif asked:
-                self.notice(f"{key}: the CPU is the device here, so there is nowhere else to keep it; ignored")
+        plan = choice.plan
+        if config.train.activation_offloading and not plan.activation_offloading:
+            why = "no layer is recomputed" if plan.count("full") == 0 else "the device is the CPU"
+            self.notice(f"train.activation_offloading: nothing to offload ({why})")
+        if config.model.offload_embeddings and not plan.offload_embeddings:
+            self.notice("model.offload_embeddings: nothing to offload (the device is the CPU)")
         of = "" if choice.budget is None else f" of {size(choice.budget)} free"
         if config.runtime.memory_budget is not None:
             of = f" of runtime.memory_budget={config.runtime.memory_budget:g}"

@@ -159,9 +159,8 @@ def verdict(console: Console, s: Setup, choice: Choice, here: bool) -> None:
     if choice.fits:
         console.rich.print(f"fits: {taken} {named}", style="green", markup=False)
         return
-    console.rich.print(
-        f"does not fit: {taken} {named}, of which {MARGIN:.0%} are left free for fragmentation", style="red", markup=False
-    )
+    left = f"of which {MARGIN:.0%} are left free for fragmentation"
+    console.rich.print(f"does not fit: {taken} {named}, {left}", style="red", markup=False)
     if choice.change:
         console.rich.print(f"the cheapest change that fits: {' '.join(choice.change)}", markup=False)
     else:
@@ -207,8 +206,9 @@ def generation_notice(console: Console, s: Setup, choice: Choice) -> None:
     room = max(1, int(((1 - MARGIN) * choice.budget - weights) / one))
     if config.eval.batch_size > room:
         console.notice(
-            f"generating for Pass@1 keeps up to {size(config.eval.batch_size * one)} of keys and values "
-            f"(eval.batch_size={config.eval.batch_size}, {TYPICAL_PROMPT} tokens of prompt): eval.batch_size={room} fits"
+            f"generating for Pass@1 keeps up to {size(config.eval.batch_size * one)} of keys and values with "
+            f"eval.batch_size={config.eval.batch_size} and prompts of {TYPICAL_PROMPT} tokens: "
+            f"eval.batch_size={room} fits"
         )
 
 
@@ -246,17 +246,21 @@ def outlook(console: Console, s: Setup, choice: Choice, data: "Datasets | str", 
     if not here:
         console.rich.print(
             f"time: unknown, no CUDA device here; one that sustains {SUSTAINED / 1e12:.0f} TFLOP/s would take "
-            f"{duration(total / SUSTAINED)} a step" + (f", {duration(steps * total / SUSTAINED)} in all" if steps else ""),
+            f"{times(total / SUSTAINED, steps)}",
             markup=False,
         )
         return
     rate, edge = measured_rate(s)
-    whole = f", {duration(steps * total / rate)} in all" if steps else ""
     console.rich.print(
-        f"time: at least {duration(total / rate)} a step{whole}: a {edge} x {edge} product in {dtype_name(s)} runs at "
+        f"time: at least {times(total / rate, steps)}: a {edge} x {edge} product in {dtype_name(s)} runs at "
         f"{flop(rate)}/s here, and no step keeps that up",
         markup=False,
     )
+
+
+def times(step: float, steps: int | None) -> str:
+    """Of seconds a step."""
+    return f"{duration(step)} a step" + (f", {duration(steps * step)} in all" if steps else "")
 
 
 def measured_rate(s: Setup) -> tuple[float, int]:

@@ -37,7 +37,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _container_room(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a version 2 control group leaves; file pages that can be dropped at any time do not count. None: no limit."""
+    """What a version 2 control group leaves; file pages that can be dropped at any time are free. None: no limit."""
     try:
         limit = (group / "memory.max").read_text().strip()
         if limit == "max":

@@ -43,9 +43,10 @@ class HostEmbedding(nn.Module):
 
 def offload_embeddings(base: nn.Module, device: torch.device) -> HostEmbedding:
     """Move the embedding table of a causal LM to the host."""
-    decoder, head = decoder_of(base), base.lm_head
-    embedding = decoder.embed_tokens
+    decoder = decoder_of(base)
+    embedding, head = decoder.embed_tokens, base.lm_head
     assert isinstance(embedding, nn.Embedding)
+    assert isinstance(head, nn.Module)
     assert embedding.weight is not head.weight, "choose_plan refuses tied embeddings"
     decoder.embed_tokens = host = HostEmbedding(embedding, device)
     return host

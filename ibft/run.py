@@ -176,8 +176,8 @@ def build_trainer(
     from ibft.loop import Trainer, count_steps
     from ibft.model import add_lora, load_base, lora_parameters, pad_id_of
     from ibft.objective import IBObjective
-    from ibft.optim import Groups, make_optimizer, make_scheduler
     from ibft.offload import offload_embeddings
+    from ibft.optim import Groups, make_optimizer, make_scheduler
     from ibft.recompute import HostCopies, set_recompute
     from ibft.tap import HiddenTap
 

@@ -108,6 +108,9 @@ def test_aliases_are_taken_with_a_notice():
         ("model.name_or_path=x/y", "data.path is required"),
         ("max_steps", "got 'max_steps', expected section.key=value"),
         ("runtime.device=tpu", "runtime.device: got 'tpu'"),
+        ("runtime.memory_budget=0", "runtime.memory_budget: got 0"),
+        ("train.gradient_checkpointing=some", "train.gradient_checkpointing: got 'some'"),
+        ("train.activation_offloading=true", "train.gradient_checkpointing=false has none: set it to true or auto"),
     ],
 )
 def test_refusals(override, message):
@@ -151,6 +154,18 @@ def test_yaml_traps():
     assert load("train.report_to=none").train.report_to == ()
 
 
+def test_recomputation_is_a_switch_or_a_word():
+    """Existing configurations with true and false mean what they meant; new ones leave it to the planner."""
+    own = ["model.name_or_path=some/model", "data.path=rows.jsonl"]
+    assert load(*own).train.gradient_checkpointing == "auto"
+    assert load().train.gradient_checkpointing is False  # the bundled base
+    for text, value in (("true", True), ("false", False), ("mlp", "mlp"), ("auto", "auto")):
+        assert load(*own, f"train.gradient_checkpointing={text}").train.gradient_checkpointing == value
+    config, notices = load_config(None, [*own, "activation_offloading=true"])
+    assert config.train.activation_offloading
+    assert notices == ["activation_offloading is train.activation_offloading here"]
+
+
 def test_the_header_settles_how_strong_the_kl_is():
     """`mean` divides by Z, `batchmean` does not: 256 times, from one word."""
     assert "weighs 0.1 per latent dimension" in describe_objective(load("preset=paper-evol"), 20, 30)
@@ -166,7 +181,6 @@ def test_every_field_says_what_it_means_or_is_a_standard_name():
     standard |= {"adam_epsilon", "seed", "device", "version", "preset", "logging_steps", "max_new_tokens", "batch_size"}
     standard |= {
         "per_device_eval_batch_size",
-        "gradient_checkpointing",
         "max_tasks",
         "keep_last",
         "warmup_ratio",

@@ -4,6 +4,7 @@ import gc
 from dataclasses import replace
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -34,17 +35,25 @@ def setup_of(shape, *overrides, device="cuda"):
 # --- against what is measured ---------------------------------------------------------------------
 
 
+@pytest.fixture
+def only_new():
+    """The collector forgets what was there before: tensors of other tests do not count, and collecting is quick."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Measured:
     """A trainer, and the live bytes of its training step and of its forward, in one mode after the other."""
 
-    def __init__(self, folder, *overrides, packing, alpha, length=256):
+    def __init__(self, folder, *overrides, packing, alpha, length=256, padding=0):
         from accelerate.state import AcceleratorState
         from transformers import AutoConfig
 
         AcceleratorState._reset_state(True)
         release_logits_buffer()
-        self.before = tensor_storages()  # held, so that no address is given out again
-        lengths = [length * 3 // 10, length * 4 // 10, length // 3] * 8 if packing else [length] * 4
+        lengths = [length * 3 // 10, length * 4 // 10, length // 3] * 8 if packing else [length - padding, length] * 2
         self.trainer = tiny_trainer(
             folder, random_samples(lengths), f"data.max_length={length}", f"data.packing={packing}",
             f"ib.alpha={alpha}", "ib.latent_dim=64", "lora.r=16", "lora.dropout=0.05",
@@ -54,7 +63,7 @@ class Measured:
         (batch,) = self.step
         shape = ModelShape.of(AutoConfig.from_pretrained(folder))
         squares = sum(n * n for n in batch.segments.lengths) if packing else 2 * length**2
-        load = Load(2, batch.input_ids.shape[1], batch.num_label_tokens, 1, squares)
+        load = Load(2, batch.input_ids.shape[1], batch.num_label_tokens, 1, squares, masked=padding > 0)
         itemsize = 2 if self.trainer.config.train.mixed_precision == "bf16" else 4
         self.setup = Setup.of(shape, self.trainer.config, "cpu", itemsize, load)
 
@@ -63,14 +72,14 @@ class Measured:
         trainer, layers = self.trainer, self.setup.shape.layers
         set_recompute(trainer.model, trainer.fused, [mode] * layers)
         trainer.train_step(self.step)  # makes the optimizer's state and the shadows
-        held = sum(s.nbytes() for address, s in tensor_storages().items() if address not in self.before)
+        held = sum(storage.nbytes() for storage in tensor_storages().values())
         peak, _ = live_bytes(lambda: trainer.train_step(self.step))
         outputs = []
         (batch,) = self.step
         request = trainer.request(batch, batch.num_kl_tokens)
-        with trainer.fused.held(), trainer.context.batch(batch.noise_ids, batch.segments, request):
-            with trainer.accelerator.autocast():
-                _, left = live_bytes(lambda: outputs.append(trainer.last_hidden(batch)))
+        context = trainer.context.batch(batch.noise_ids, batch.segments, request)
+        with trainer.fused.held(), context, trainer.accelerator.autocast():
+            _, left = live_bytes(lambda: outputs.append(trainer.last_hidden(batch)))
         return held + peak, left - outputs[0].nbytes
 
     def check(self, modes=("none", "mlp", "full"), tolerance=0.1):
@@ -85,21 +94,31 @@ class Measured:
 
 @pytest.mark.parametrize("alpha", [0.1, 0])
 @pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.usefixtures("only_new")
 def test_the_bundled_model_takes_what_is_predicted(packing, alpha):
     """Within 10 %, total and kept activations, by the bytes that torch's allocator had handed out."""
-    Measured(str(BASE_DIR), "ib.layer=5", packing=packing, alpha=alpha).check()
+    Measured(str(BASE_DIR), "ib.layer=5", packing=packing, alpha=alpha, length=192).check()
 
 
+@pytest.mark.usefixtures("only_new")
 def test_another_family_takes_what_is_predicted(tmp_path):
     """Biases on q, k and v; two query heads a key head."""
     Measured(save_tiny_model(tmp_path, "qwen2", hidden=128, layers=4), packing=True, alpha=0.1).check()
 
 
+@pytest.mark.usefixtures("only_new")
 def test_q_and_k_norms_and_16_bits_take_what_is_predicted(tmp_path):
     folder = save_tiny_model(tmp_path, "qwen3", hidden=128, layers=4)
     Measured(folder, "train.mixed_precision=bf16", packing=True, alpha=0.1).check(("none", "full"))
 
 
+@pytest.mark.usefixtures("only_new")
+def test_a_mask_of_padded_rows_takes_what_is_predicted():
+    """Each block saves it, and transformers repeats the heads of keys and values under it."""
+    Measured(str(BASE_DIR), "ib.layer=5", packing=False, alpha=0.1, padding=40).check(("mlp",))
+
+
+@pytest.mark.usefixtures("only_new")
 def test_without_quantisation_with_8_bit_moments_and_fewer_adapters():
     Measured(
         str(BASE_DIR), "ib.layer=5", "model.quantization=none", "train.optim=adamw_8bit",
@@ -180,7 +199,7 @@ def test_flops_of_a_7b_are_about_six_a_parameter_and_token():
 
 # --- the choice -----------------------------------------------------------------------------------
 
-settings = st.fixed_dictionaries(
+cases = st.fixed_dictionaries(
     {
         "shape": st.sampled_from(sorted(SHAPES)),
         "length": st.sampled_from([256, 1024, 2048, 8192]),
@@ -192,6 +211,9 @@ settings = st.fixed_dictionaries(
 )
 
 
+few = hypothesis.settings(max_examples=hypothesis.settings().max_examples // 2)  # deep models take 50 ms each
+
+
 def drawn_setup(drawn):
     return setup_of(
         drawn["shape"], f"data.max_length={drawn['length']}", f"train.per_device_train_batch_size={drawn['rows']}",
@@ -199,7 +221,8 @@ def drawn_setup(drawn):
     )  # fmt: skip
 
 
-@given(settings, st.floats(0.5, 200), st.floats(1, 2))
+@few
+@given(cases, st.floats(0.5, 200), st.floats(1, 2))
 def test_more_memory_never_means_more_recomputation(drawn, gib, factor):
     setup = drawn_setup(drawn)
     tight, wide = (choose_plan(setup, int(budget * GIB)) for budget in (gib, gib * factor))
@@ -210,7 +233,8 @@ def test_more_memory_never_means_more_recomputation(drawn, gib, factor):
         assert tight.plan.activation_offloading
 
 
-@given(settings, st.floats(0.5, 200))
+@few
+@given(cases, st.floats(0.5, 200))
 def test_what_is_said_to_fit_fits_and_what_is_advised_too(drawn, gib):
     setup, budget = drawn_setup(drawn), int(gib * GIB)
     choice = choose_plan(setup, budget)
@@ -241,9 +265,7 @@ def test_the_mix_is_the_cheapest_that_fits():
             for full in range(7)
             for mlp in range(7 - full)
         ]
-        costs = [
-            flops(setup, plan)["recomputation"] for plan in plans if estimate(setup, plan).total <= 0.95 * budget
-        ]
+        costs = [flops(setup, plan)["recomputation"] for plan in plans if estimate(setup, plan).total <= 0.95 * budget]
         choice = choose_plan(setup, budget)
         assert flops(setup, choice.plan)["recomputation"] == min(costs)
 
@@ -260,7 +282,9 @@ def test_the_order_of_the_last_resorts():
     totals = [estimate(setup, plan).total for plan in plans]
     assert totals == sorted(totals, reverse=True)
     for plan, total in zip(plans, totals, strict=True):
-        assert choose_plan(setup, int(total / 0.95) + 1).plan == plan
+        chosen = choose_plan(setup, int(total / 0.95) + 1).plan
+        assert replace(chosen, modes=plan.modes) == plan
+        assert set(chosen.modes[:-1]) == {"full"}  # the last block's are needed at the peak in any case
     lacking = choose_plan(setup, int(0.9 * totals[-1]))
     assert not lacking.fits
     assert lacking.plan == plans[-1]

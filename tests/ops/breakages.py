@@ -121,7 +121,7 @@ PHILOX, DROPOUT, KL = "ops/_philox_triton.py", "ops/dropout.py", "ops/_ib_kl_tri
 BOTTLENECK, LORA = "ops/_ib_bottleneck_triton.py", "ops/ib_lora_backward.py"
 CE, CE_LOOP, SCATTER = "ops/_cross_entropy_triton.py", "ops/linear_cross_entropy.py", "ops/_scatter_rows.py"
 FOLD, OBJECTIVE, NF4 = "ops/fold.py", "ops/objective.py", "ops/nf4.py"
-RMS, SWIGLU = "ops/rms_norm.py", "ops/swiglu.py"
+RMS, SWIGLU, ROPE = "ops/rms_norm.py", "ops/swiglu.py", "ops/rope.py"
 LAYER, MLP, TAP, OWNERSHIP = "ops/lora.py", "ops/lora_mlp.py", "ops/ib_lora_mlp.py", "_ownership.py"
 
 _PHILOX, _DROPOUT, _KL, _IB = "test_philox.py::", "test_dropout.py::", "test_ib_kl.py::", "test_ib_bottleneck.py::"
@@ -141,11 +141,13 @@ _LCE_TORCH = _LCE + "test_equals_the_float64_reference[torch-cpu-252-123-507-dty
 _LCE_EQUAL = _LCE + "test_equals_the_float64_reference[triton-cpu-252-123-507-dtype0-1e-13]"
 _NF4 = "test_nf4_dequantize.py::"
 _NF4_EQUAL = _NF4 + "test_equals_bitsandbytes"
-_RMS, _SWIGLU = "test_rms_norm.py::", "test_swiglu.py::"
+_RMS, _SWIGLU, _ROPE = "test_rms_norm.py::", "test_swiglu.py::", "test_rope.py::"
 _RMS_EQUAL = _RMS + "test_equals_float64_reference[triton-cpu-70-507-dtype0-1e-13]"
 _RMS_TORCH = _RMS + "test_equals_float64_reference[torch-cpu-70-507-dtype0-1e-13]"
 _SWIGLU_EQUAL = _SWIGLU + "test_equals_float64_reference[triton-cpu-70-507-dtype0-1e-14]"
 _SWIGLU_TORCH = _SWIGLU + "test_equals_float64_reference[torch-cpu-70-507-dtype0-1e-14]"
+_ROPE_EQUAL = _ROPE + "test_equals_float64_reference[triton-cpu-80-dtype0-1e-15]"
+_ROPE_TORCH = _ROPE + "test_equals_float64_reference[torch-cpu-80-dtype0-1e-15]"
 BREAKAGES = [
     # philox
     Breakage("philox: wrong counter word", PHILOX, "zero_nj + sample_n[:, None]", "zero_nj + position_n[:, None]",
@@ -338,6 +340,17 @@ BREAKAGES = [
              _SWIGLU + "test_shared_memory_is_refused_before_anything_is_written"),
     Breakage("swiglu: halves may reach into the next row", SWIGLU, "% stride <= stride - width", "% stride",
              _SWIGLU + "test_shared_memory_is_refused_before_anything_is_written"),
+    # rotate
+    Breakage("rope: gradient turned forward", ROPE, "s1, s2 = -s2, -s1", "s1, s2 = s1, s2", _ROPE_EQUAL),
+    Breakage("rope: one half of cos for both", ROPE, "tl.load(cos_ptrs + HALF,", "tl.load(cos_ptrs,", _ROPE_EQUAL),
+    Breakage("rope: columns of the next half", ROPE, "(columns_d < HALF)[None, None, :]",
+             "(columns_d >= 0)[None, None, :]", _ROPE_EQUAL),
+    Breakage("rope: heads taken for adjacent", ROPE, "heads_h[None, :, None] * stride_xh",
+             "heads_h[None, :, None] * (2 * HALF)", _ROPE + "test_views_are_read_in_place"),
+    Breakage("rope: the first tile of heads alone", ROPE, "range(0, n_heads, BLOCK_H)", "range(0, BLOCK_H, BLOCK_H)",
+             _ROPE_EQUAL),
+    Breakage("rope: frozen tensors turned too", ROPE, "dy is not None and ctx.needs_input_grad[i]", "dy is not None",
+             _ROPE + "test_one_launch_forward_and_one_back"),
     # whole LoRA layers
     Breakage("layer: x instead of the dropped x", LAYER, "dropped_ND = dropout.again(x_ND, kept.mask)", "pass",
              _LAYERS + "test_qkv"),
@@ -380,6 +393,8 @@ BREAKAGES = [
              "addcmul_(h_nc, slope_n1, value=1.0)", _RMS_TORCH),
     Breakage("torch: rms gradient at h of the first rows", RMS, "g_nc.add_(dh_NC[rows])", "g_nc.add_(dh_NC[:n])",
              _RMS + "test_the_torch_path_works_in_chunks"),
+    Breakage("torch: rope gradient turned forward", ROPE, "_product(x, cos, s2, s1, 1) if transposed",
+             "_product(x, cos, s1, s2, -1) if transposed", _ROPE_TORCH),
     Breakage("torch: swiglu gradients exchanged", SWIGLU, "torch.mul(s, dh, out=up)", "torch.mul(s, up, out=up)",
              _SWIGLU_TORCH),
     Breakage("torch: swiglu rounds silu for dup", SWIGLU, "up.copy_(s.mul_(wide_dh))", "up.copy_(dh)",

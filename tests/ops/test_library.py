@@ -29,6 +29,7 @@ from ibft_kernels import (
     philox_dropout,
     philox_normal,
     rms_norm,
+    rotate,
     swiglu_backward_,
     swiglu_forward,
 )
@@ -230,6 +231,21 @@ def swiglu_backward_into_cases(backend: str) -> Iterator[Case]:
     yield torch.randn(N, D).half(), torch.randn(N, 2 * D).half()[:, D:], torch.randn(N, D).half(), backend
 
 
+def rotate_cases(backend: str) -> Iterator[Case]:
+    cos, sin = torch.randn(2, N, 6)
+    yield rows(N, 4, 6), rows(N, 2, 6), cos, sin, backend
+    q, k, _ = torch.randn(N, 8, 6, dtype=torch.float16).split([4, 2, 2], 1)
+    yield q.requires_grad_(), k, cos, sin, backend
+    yield rows(4, N, 6).transpose(0, 1), rows(N, 1, 6), cos.T.contiguous().T, sin[:1].expand(N, 6), backend
+    yield rows(0, 4, 6), rows(0, 2, 6), cos[:0], sin[:0], backend
+
+
+def rotate_backward_cases(backend: str) -> Iterator[Case]:
+    cos, sin = torch.randn(2, N, 6)
+    yield [torch.randn(N, 4, 6), torch.randn(N, 2, 6)], cos, sin, backend
+    yield [torch.randn(N, 4, 1).half().expand(N, 4, 6)], cos, sin, backend
+
+
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "philox_words": philox_words_cases,
     "philox_normal": philox_normal_cases,
@@ -250,6 +266,8 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "rms_norm": rms_norm_cases,
     "add_rms_norm": add_rms_norm_cases,
     "rms_norm_backward": rms_norm_backward_cases,
+    "rotate": rotate_cases,
+    "rotate_backward": rotate_backward_cases,
     "swiglu_forward": swiglu_forward_cases,
     "swiglu_backward_": swiglu_backward_into_cases,
 }
@@ -368,6 +386,15 @@ def add_rms_norm_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor
     return (y.cos() + h) * (seed % 7 + 1)
 
 
+def rotate_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """On slices of one product, of which v goes its own way."""
+    qkv = torch.cat([x.flatten(0, 1)] * 2, dim=1).sin().view(-1, 5, 8)
+    q, k, v = qkv.split([3, 1, 1], dim=1)
+    angles = ROWS.repeat(5)[: q.shape[0], None] * UP.bias[None, :8]
+    q, k = rotate(q, k, angles.cos(), angles.sin(), backend=backend)
+    return (q * k + v) * (seed % 7 + 1)  # it draws nothing itself
+
+
 def swiglu_graph(backend: str, seed: torch.Tensor, noise_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     gate, up = x.detach().flatten(0, 1).repeat(1, 2).chunk(2, dim=1)
     return swiglu_forward(gate, up, backend=backend).view(x.shape) * x * (seed % 7 + 1)
@@ -395,6 +422,7 @@ GRAPHS = {
     "ib_objective": objective_graph,
     "rms_norm": rms_norm_graph,
     "add_rms_norm": add_rms_norm_graph,
+    "rotate": rotate_graph,
     "swiglu_forward": swiglu_graph,
     "swiglu_backward_": swiglu_backward_graph,
 }

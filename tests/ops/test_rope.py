@@ -93,7 +93,7 @@ def test_the_reference_is_transformers():
 
 
 def test_the_gradient_is_the_derivative(backend):
-    t = tensors(5, 2, 1, 8, device="cpu", free=True)
+    t = tensors(3, 2, 1, 4, device="cpu", free=True)
     leaves = t["q"].requires_grad_(), t["k"].requires_grad_()
     assert torch.autograd.gradcheck(lambda q, k: rotate(q, k, t["cos"], t["sin"], backend=backend), leaves, atol=1e-8)
 
@@ -117,7 +117,7 @@ def test_low_precision_against_the_truth(backend, device, d, dtype, table_dtype)
         scale = expected.abs().mean()
         # the sums differ in their last bits, which now and then decides a rounding
         assert error.mean() <= native_error.mean() + (truncates * 2 + 1e-3) * rounding * scale, name
-        assert error.max() <= native_error.max() * (1 + truncates) + 1e-6, name
+        assert error.max() <= native_error.max() + rounding * expected.abs().max(), name
         if backend == "triton" or table_dtype == torch.float32:
             assert (error <= rounding * expected.abs() + 1e-6).all(), name
 
@@ -231,21 +231,16 @@ def test_more_than_two_to_the_31_elements(heads_first):
 @pytest.mark.parametrize("wanted", ["q", "k", "both"])
 def test_partial_gradients(backend, device, wanted, arriving):
     t = tensors(6, 4, 2, 24, device=device, free=True)
-    results = []
-    for op, options in ((rotate, {"backend": backend}), (reference.rotate, {})):
-        leaves = {name: t[name].clone().requires_grad_(wanted in (name, "both")) for name in ("q", "k")}
-        outputs = dict(zip(leaves, op(*leaves.values(), t["cos"], t["sin"], **options), strict=True))
-        chosen = [n for n in leaves if arriving in (n, "both") and outputs[n].requires_grad]
-        if op is rotate:  # one node: both outputs carry it
-            chosen = [n for n in leaves if arriving in (n, "both")]
-        elif not chosen:
-            results.append({n: x for n, x in leaves.items() if x.requires_grad and x.grad is not None})
-            continue
-        torch.autograd.backward([outputs[n] for n in chosen], [t[f"d{n}"] for n in chosen])
-        results.append({n: x.grad for n, x in leaves.items() if x.grad is not None})
-    assert set(results[0]) == set(results[1]) == {n for n in ("q", "k") if {n, "both"} & {wanted} and
-                                                  {n, "both"} & {arriving}}
-    check(*results, 1e-15)
+    leaves = {name: t[name].clone().requires_grad_(wanted in (name, "both")) for name in ("q", "k")}
+    outputs = dict(zip(leaves, rotate(*leaves.values(), t["cos"], t["sin"], backend=backend), strict=True))
+    chosen = [name for name in outputs if arriving in (name, "both")]
+    torch.autograd.backward([outputs[name] for name in chosen], [t[f"d{name}"] for name in chosen])
+    expected = run(reference.rotate, t)
+    for name, leaf in leaves.items():
+        if name in chosen and leaf.requires_grad:
+            check({name: leaf.grad}, {name: expected[f"d{name}"]}, 1e-15)
+        else:
+            assert leaf.grad is None
 
 
 def launches(monkeypatch) -> list[int]:
@@ -269,7 +264,8 @@ def test_one_launch_forward_and_one_back(device, monkeypatch):
     seen = launches(monkeypatch)
     run(rotate, t, backend="triton")
     assert seen == [2, 2]
-    rotate(t["q"].requires_grad_(), t["k"], t["cos"], t["sin"], backend="triton")[0].sum().backward()
+    outputs = rotate(t["q"].requires_grad_(), t["k"], t["cos"], t["sin"], backend="triton")
+    torch.autograd.backward(outputs, (t["dq"], t["dk"]))
     assert seen == [2, 2, 2, 1], "a frozen k has no gradient"
 
 
