@@ -260,12 +260,12 @@ class Plan:
         """For the line that a run prints, e.g. "12 of 30 layers recompute their MLP"."""
         total, parts = len(self.modes), []
         if full := self.count("full"):
-            where = "every layer is" if full == total else f"{full} of {total} layers are"
+            where = "every layer is" if full == total else f"{full} of {total} layers {'is' if full == 1 else 'are'}"
             parts.append(f"{where} recomputed" + (", inputs in host memory" if self.activation_offloading else ""))
         if wide := self.count("mlp"):
-            of = "" if full else f" of {total}"
-            whole = "every layer recomputes its MLP"
-            parts.append(whole if wide == total else f"{wide}{of} layers recompute their MLP")
+            who = "every layer" if wide == total else (f"{wide} more" if full else f"{wide} of {total} layers")
+            one = wide in (1, total)
+            parts.append(f"{who} {'recomputes its' if one else 'recompute their'} MLP")
         if not parts:
             parts.append("no recomputation")
         if self.offload_embeddings:

