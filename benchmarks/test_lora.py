@@ -1,13 +1,14 @@
 """LoRA layers in 4 bits, forward + backward: ours, and plain autograd over the same frozen weights as PEFT writes it
 (an adapter a module, each with a dropout of its own).
 
-Peak memory is the call's above what was there before: saved tensors and what backward needs beside them.
+peak_mib: the call above what was there before. kept_mib: alive between forward and backward, outputs and what
+they saved. Both from the allocator; a resident set would count what malloc keeps for itself.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peak_memory import peak_mib
+from peak_memory import MIB, live_bytes, peak_mib
 
 from ibft.nf4 import NF4Linear
 from ibft_kernels import Dropout, LoraProjection, LoraShadow, MlpShadow, lora_mlp, lora_qkv
@@ -69,8 +70,11 @@ def test_forward_backward(benchmark, record, device, op, provider, dropout):
     x = torch.randn(N, D, device=device).to(dtype).requires_grad_()
     leaves = [x, *(m for p in layers for m in (p.lora_a, p.lora_b))]
 
+    def forward(name=provider, dropout=dropout):
+        return PROVIDERS[op][name](x, *layers, dropout)
+
     def step(name=provider, dropout=dropout):
-        outputs = PROVIDERS[op][name](x, *layers, dropout)
+        outputs = forward(name, dropout)
         grads = torch.autograd.grad(outputs, leaves, [o.detach() for o in outputs])
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -80,9 +84,17 @@ def test_forward_backward(benchmark, record, device, op, provider, dropout):
     for found, expected in zip(step(dropout=False), step("eager", dropout=False), strict=True):
         assert (found - expected).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * expected.norm()
     del found, expected
-    peak = peak_mib(step, device)
+    held = []
+    if device.type == "cpu":
+        peak, kept = live_bytes(step)[0] / MIB, live_bytes(lambda: held.append(forward()))[1] / MIB
+    else:
+        peak, before = peak_mib(step, device), torch.cuda.memory_allocated()
+        held.append(forward())
+        kept = (torch.cuda.memory_allocated() - before) / MIB
+    held.clear()
     benchmark.pedantic(step, warmup_rounds=2, rounds=15)
     record(
         "lora", op=op, provider=provider, mode="full", N=N, D=D, KV=KV, inner=INNER, R=R, dropout=P if dropout else 0,
         dtype=str(dtype)[6:], peak_mib=f"{peak:.1f}",
+        kept_mib=f"{kept:.1f}",
     )  # fmt: skip
