@@ -179,8 +179,8 @@ def test_bad_arguments_are_named(changes, message):
 
 def test_every_op_has_a_twin():
     containers = {
-        "Dropout", "FoldedHead", "IBLoraGradients", "Latent", "Linear", "LoraProjection", "LoraShadow", "MlpShadow", "ObjectiveParts",
-        "Tapped",
+        "Dropout", "FoldedHead", "IBLoraGradients", "Latent", "Linear", "LoraProjection", "LoraShadow", "MlpShadow",
+        "ObjectiveParts", "Tapped",
     }  # fmt: skip
     # host arithmetic, rounding; and what `ib_bottleneck` returns the first two fields of
     without = containers | {"fold_pays", "ib_bottleneck_latent", "refresh_shadows"}

@@ -169,9 +169,7 @@ def _(dy, keep, noise_ids, threshold, seed_tensor, seed, backend):
     return dy.new_empty(dy.shape)
 
 
-@library_op(
-    "philox_dropout_add_", f"(Tensor(a!) dx, Tensor dy, Tensor keep, {_ARGUMENTS}) -> ()", mutates=["dx"]
-)
+@library_op("philox_dropout_add_", f"(Tensor(a!) dx, Tensor dy, Tensor keep, {_ARGUMENTS}) -> ()", mutates=["dx"])
 def _dropout_add_op(dx, dy, keep, noise_ids, threshold, seed_tensor, seed, backend):
     """dx [N, C] += the gradient of what dropped; one visit."""
     if backend == "triton":
