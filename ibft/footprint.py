@@ -476,8 +476,7 @@ def head_bytes(s: Setup) -> tuple[int, int]:
     head = max(forward, backward) + (chunk if s.on_cpu else 0)
     if not s.folds:
         return head, 0
-    dweight = 4 * V * s.config.ib.latent_dim
-    return head, fold_bytes(s) + 2 * dweight  # dM as forward left it, and scaled
+    return head, fold_bytes(s) + 4 * V * s.config.ib.latent_dim  # dM of this micro-batch, scaled where it lies
 
 
 def fold_bytes(s: Setup, *, gradient: bool = True) -> int:

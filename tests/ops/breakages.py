@@ -412,6 +412,10 @@ BREAKAGES = [
     Breakage("torch: KL without the variance", "ops/ib_kl.py", "std.square_().sub_(logvar)", "std.mul(0).sub_(logvar)",
              "test_ib_kl.py::test_equals_float64_reference[torch-cpu-252-7-dtype0-1e-14]"),
     # fold and objective
+    Breakage("fold: the gradient copied", CE_LOOP, "return made[i].mul_(g)", "return made[i] * g",
+             "test_fold.py::test_the_gradient_of_the_fold_exists_once"),
+    Breakage("fold: the gradient scaled twice", CE_LOOP, "kept = graph_is_kept() or", "kept = False and",
+             "test_fold.py::test_the_gradient_of_the_fold_with_the_graph_kept"),
     Breakage("fold: gradients in low precision", FOLD, "leaf.grad_dtype = torch.float32", "pass",
              "test_fold.py::test_a_low_precision_fold_accumulates_in_fp32"),
     Breakage("objective: head bias dropped", OBJECTIVE, "head, encoder = Linear(*head), Linear(*encoder)",

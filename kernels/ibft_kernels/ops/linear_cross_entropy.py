@@ -26,6 +26,7 @@ import torch
 
 from .._dispatch import resolve_backend
 from .._library import library_op
+from .._ownership import graph_is_kept
 from .._workspace import logits_buffer
 from ._cross_entropy_triton import cross_entropy_triton_
 from ._labelled_rows import inverse_count, labelled_rows
@@ -228,9 +229,15 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grads):
     rows, *made = ctx.saved_tensors
+    # read once more by a second backward, or by a compiler that traces this one with tensors of its own
+    kept = graph_is_kept() or any(type(x) is not torch.Tensor for x in made)
 
     def scaled(i: int, g: torch.Tensor | None, rows: torch.Tensor | None, n_rows: int) -> torch.Tensor | None:
-        return scatter_rows(made[i], g, rows, n_rows, ctx.backend) if g is not None and ctx.needs[i] else None
+        if g is None or not ctx.needs[i]:
+            return None
+        if rows is None and made[i].dtype == g.dtype and g.dim() == 0 and not kept:
+            return made[i].mul_(g)  # [V, D] exists once
+        return scatter_rows(made[i], g, rows, n_rows, ctx.backend)
 
     dhidden, dweight, dbias = [], [], []
     for head, n_rows in enumerate(ctx.n_rows):
