@@ -349,6 +349,8 @@ def _fuse_attention(block: Any, context: BatchContext, fused: Fused, index: int)
     if why is not None:
         fused.left_alone[name], fused.packs = why, False
         return False
+    if attention.attention_dropout:  # only transformers' attention drops, and under a mask of its own
+        fused.packs = False
     attention.forward = stand_in = FusedAttention(attention, context)
     fused.shared += [stand_in.qkv, stand_in.out]
     return True

@@ -228,6 +228,19 @@ def test_another_architecture_keeps_its_forward():
     assert fused.packs
 
 
+def test_attention_dropout_leaves_packing_to_transformers(folders, tmp_path, monkeypatch):
+    """In training it needs transformers' mask: samples must not see each other there either."""
+    import json
+    import shutil
+
+    shutil.copytree(folders("llama"), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 1e-9}))
+    dropping, plain = (step(str(folder), "data.packing=true") for folder in (tmp_path / "model", folders("llama")))
+    assert not dropping[2].fused.packs
+    assert_equal(dropping, plain)
+
+
 def test_a_disabled_and_a_second_adapter(folders):
     """Disabling leaves the base; another active adapter runs PEFT's own forward."""
     trainer = tiny_trainer(folders("llama"), random_samples([9]))

@@ -261,8 +261,10 @@ def test_only_one_hidden_state_is_kept_alive(folder):
             return tensor
 
         trainer.model.train()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            trainer.forward(micro_batches[0], 10, 10)
+        batch, *_ = micro_batches
+        saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with trainer.context.batch(batch.noise_ids, batch.segments, trainer.request(batch, 10)), saving:
+            trainer.forward(batch, 10, 10)
         AcceleratorState._reset_state(True)
         return sum(storages.values()), decoder_of(trainer.model)
 

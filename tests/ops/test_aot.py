@@ -11,24 +11,26 @@ from ibft_kernels import _aot_cases, _launch, aot
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 
-def test_every_kernel_compiles_for_every_architecture(tmp_path):
-    """The command as it is run by hand: every dtype, every shipped launch shape."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "ibft_kernels.aot"],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = [line.split() for line in done.stdout.splitlines()[1:-1]]
-    assert {tuple(row[:3]) for row in table} == {
-        (name, dtype, f"sm_{arch}")
-        for name, case in _aot_cases.CASES.items()
-        for dtype in case.dtypes
-        for arch in (75, 80, 86, 89, 90, 100, 120)
-    }
+EVERY = (75, 80, 86, 89, 90, 100, 120)
+
+
+def test_every_kernel_compiles_for_every_architecture(request, tmp_path):
+    """The command as it is run by hand, every shipped launch shape. `make soak`: every dtype on every architecture;
+    otherwise bf16 on every one, and fp16 and fp32 on the oldest, Hopper and the newest.
+    """
+    soak = request.config.getoption("--hypothesis-profile") == "soak"
+    parts = [(aot.DTYPES, EVERY)] if soak else [(("bf16",), EVERY), (("fp16", "fp32"), (75, 90, 120))]
+    table, expected = [], set()
+    for dtypes, architectures in parts:
+        table += compiled_table(tmp_path, dtypes, architectures)
+        expected |= {
+            (name, dtype, f"sm_{arch}")
+            for name, case in _aot_cases.CASES.items()
+            for dtype in [d for d in dtypes if d in case.dtypes] or case.dtypes
+            for arch in architectures
+        }
+    assert {tuple(row[:3]) for row in table} == expected
+    assert {row[0] for row in table} == set(_aot_cases.CASES)
     for kernel, _, arch, registers, local_bytes, *_ in table:
         assert 16 <= int(registers) <= 255, (kernel, arch)
         if not _aot_cases.CASES[kernel].dot:
@@ -37,6 +39,19 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path):
     for kernel, dtype, arch, *_, mma, _ in table:
         if kernel in ("ib_lora_backward", "ib_lora_backward:widest") and dtype != "fp32" and arch != "sm_75":
             assert int(mma) <= 1.1 * least_mma(kernel, dtype, arch), (kernel, arch, "warps repeat each other's work")
+
+
+def compiled_table(folder, dtypes, architectures) -> list[list[str]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ibft_kernels.aot", "--dtype", *dtypes, "--arch", *map(str, architectures)],
+        env=environment | {"TRITON_CACHE_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split() for line in done.stdout.splitlines()[1:-1]]
 
 
 def least_mma(kernel: str, dtype: str, arch: str) -> float:
