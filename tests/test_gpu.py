@@ -49,6 +49,35 @@ def test_accumulation_is_exact_on_cuda(folder):
         assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "deepseek"])
+def test_fused_equals_unfused_on_cuda(tmp_path, family, packing):
+    """fp32, dropout on: keeping everything, making gate and up again, running blocks again, inputs on the host."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder = save_tiny_model(tmp_path, family, std=0.08)
+    common = [f"data.packing={packing}"]
+    expected, _ = gradient_on(folder, "cuda", *common, "train.fused_kernels=false")
+    for mode in ("false", "mlp", "true", "true train.activation_offloading=true"):
+        found, _ = gradient_on(folder, "cuda", *common, *f"train.gradient_checkpointing={mode}".split())
+        for name, value in expected.items():
+            assert (found[name] - value).norm() <= 1e-5 * value.norm(), (mode, name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fused_is_as_near_the_truth_as_unfused_on_cuda(tmp_path, precision):
+    folder = save_tiny_model(tmp_path, "qwen2", std=0.08)
+    truth, _ = gradient_on(folder, "cuda", "train.fused_kernels=false")
+    fused, native = (
+        gradient_on(folder, "cuda", f"train.mixed_precision={precision}", f"train.fused_kernels={fused}")[0]
+        for fused in (True, False)
+    )
+
+    def off(run):
+        return sum(float((run[name] - value).norm() / value.norm()) for name, value in truth.items())
+
+    assert off(fused) <= 1.1 * off(native)
+
+
 def test_nf4_values_do_not_depend_on_the_device():
     layer = NF4Linear.quantize(torch.randn(96, 128))
     on_cpu = {dtype: layer.dequantize(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
