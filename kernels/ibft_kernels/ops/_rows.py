@@ -1,4 +1,5 @@
-"""Checks and row views that every op with sample-keyed noise shares: one place decides what a legal argument is.
+"""Checks and row views that every op with sample-keyed noise shares: one place decides what a legal argument is. And
+the one product of 16-bit factors that is not rounded to 16 bits.
 
 Legend: N rows (tokens: all leading dimensions flattened), C columns.
 """
@@ -15,6 +16,7 @@ __all__ = [
     "check_seed",
     "draw_seed",
     "join_seed",
+    "product",
     "rows_of_ids",
     "seed_halves",
     "split_seed",
@@ -100,3 +102,14 @@ def as_normalizer(normalizer: float | torch.Tensor, dtype: torch.dtype, device: 
     if not torch.compiler.is_compiling() and not (math.isfinite(normalizer) and normalizer >= 0):
         raise ValueError(f"normalizer: expected a finite number >= 0, got {normalizer}")
     return torch.full((1,), float(normalizer), dtype=dtype, device=device)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b in `dtype`: of 16-bit factors, accumulated in fp32 and rounded once at most.
+
+    Into a given tensor: autocast would round the factors of a product that makes its own.
+    """
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    if dtype != a.dtype and a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)

@@ -35,7 +35,7 @@ from .._library import library_op
 from ._ib_bottleneck_triton import backward_fused, fits_on_chip, forward_fused
 from ._ib_kl_spec import Spec, check_arguments
 from ._ib_kl_triton import backward_triton, forward_triton
-from ._rows import FLOATS, SEED_SCHEMA, as_rows, join_seed, split_seed
+from ._rows import FLOATS, SEED_SCHEMA, as_rows, join_seed, product, split_seed
 from .ib_kl import _backward_torch, _forward_torch
 from .philox import normal_rows
 
@@ -81,17 +81,6 @@ def _spec(
     return Spec(compute, logvar_range, reduction, _resolve_route(route, hidden, n_latent, n_rank))
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a @ b in `dtype`: of 16-bit factors, accumulated in fp32 and rounded once at most.
-
-    Into a given tensor: autocast would round the factors of a product that makes its own.
-    """
-    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-    if dtype != a.dtype and a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype, out=out)
-    return torch.mm(a.to(dtype), b.to(dtype), out=out)
-
-
 def latent_gradients(
     spec: Spec,
     mulogvar_N2Z: torch.Tensor,
@@ -123,7 +112,7 @@ def write_hidden_gradient(
     elif dh_ND.dtype == pair_N2Z.dtype:
         torch.addmm(g_ND, pair_N2Z, w_2ZD, out=dh_ND)
     else:
-        torch.add(g_ND, _product(pair_N2Z, w_2ZD, dh_ND.dtype), out=dh_ND)
+        torch.add(g_ND, product(pair_N2Z, w_2ZD, dh_ND.dtype), out=dh_ND)
 
 
 def encoder_gradients(
@@ -134,7 +123,7 @@ def encoder_gradients(
     if needs_weight:
         assert pair_N2Z is not None
         assert h_ND is not None
-        dw_2ZD = _product(pair_N2Z.t(), h_ND, w_2ZD.dtype)
+        dw_2ZD = product(pair_N2Z.t(), h_ND, w_2ZD.dtype)
     if needs_bias:
         assert pair_N2Z is not None
         compute = torch.promote_types(pair_N2Z.dtype, torch.float32)

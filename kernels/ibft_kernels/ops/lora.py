@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from .._dispatch import resolve_backend
-from ._rows import FLOATS, as_rows, check_seed, rows_of_ids, split_seed
+from ._rows import FLOATS, as_rows, check_seed, product, rows_of_ids, split_seed
 from .dropout import LEVELS, _dropout_add_op, _dropout_backward_op, _dropout_op
 
 __all__ = ["Dropout", "LoraProjection", "LoraShadow", "QuantizedWeight", "lora_linear", "lora_qkv", "refresh_shadows"]
@@ -147,14 +147,6 @@ class Kept(NamedTuple):
 
 def dense(weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype) if isinstance(weight, torch.Tensor) else weight.dequantize(dtype)
-
-
-def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a @ b in `dtype`: 16-bit factors are accumulated in fp32 and rounded once at most."""
-    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-    if dtype != a.dtype and a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype, out=out)
-    return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 def base_rows(x_ND: torch.Tensor, p: LoraProjection) -> torch.Tensor:
