@@ -26,6 +26,9 @@ _EXPORTS = {
     "nf4_dequantize": "ibft_kernels",
     "rms_norm": "ibft_kernels",
     "rotate": "ibft_kernels",
+    "Dropout": "ibft_kernels",
+    "LoraShadow": "ibft_kernels",
+    "MlpShadow": "ibft_kernels",
     "linear_cross_entropy": "ibft_kernels",
     "philox_normal": "ibft_kernels",
     "InformationBottleneck": "ibft.bottleneck",
@@ -35,13 +38,16 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "Dropout",
     "FoldedHead",
     "HiddenTap",
     "IBObjective",
     "InformationBottleneck",
     "Linear",
     "LoraProjection",
+    "LoraShadow",
     "LossParts",
+    "MlpShadow",
     "__version__",
     "fold_head",
     "folded_cross_entropy",
@@ -65,9 +71,12 @@ if TYPE_CHECKING:
     from ibft.objective import IBObjective, LossParts
     from ibft.tap import HiddenTap
     from ibft_kernels import (
+        Dropout,
         FoldedHead,
         Linear,
         LoraProjection,
+        LoraShadow,
+        MlpShadow,
         fold_head,
         folded_cross_entropy,
         ib_bottleneck,

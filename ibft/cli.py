@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,31 +60,34 @@ def estimate(
     arguments: Arguments = None,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", metavar="GIB", help="Plan for a card of this size.", show_default=False, min=0.01),
+        typer.Option(
+            "--memory", metavar="GIB", help="Plan for a card of this size (runtime.memory_budget).", show_default=False
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """What `train` with the same arguments would take: memory, disk, steps, arithmetic; and whether it fits.
 
-    Reads the base's config.json, no weights, and needs no GPU.
+    Reads (of a hub id: downloads) no more of the base than its config.json, and needs no GPU.
 
     Examples: `ibft-fast estimate preset=paper-evol --memory 24`, `ibft-fast estimate my.yaml train.optim=adamw_8bit`.
 
     Exit codes: 0 done, 2 configuration, 3 data, 4 environment.
     """
     with _one_line_errors(debug):
-        config, notices = _configure(arguments)
+        config, notices = _configure(arguments, [] if memory is None else [f"runtime.memory_budget={memory}"])
         from ibft.estimate import run_estimate
 
-        run_estimate(config, memory, notices)
+        run_estimate(config, notices)
 
 
-def _configure(arguments: list[str] | None) -> "tuple[Config, list[str]]":
-    """The configuration that the arguments name, and notices."""
+def _configure(arguments: list[str] | None, options: Sequence[str] = ()) -> "tuple[Config, list[str]]":
+    """The configuration that the arguments name, and notices. options: overrides that come last."""
     given = list(arguments or [])
     config_file = None
     if given and ("=" not in given[0] or given[0].endswith((".yaml", ".yml"))):
         config_file = given.pop(0)
+    given += options
     from ibft.load_config import load_config
 
     loaded = load_config(config_file, given)

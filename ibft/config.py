@@ -6,7 +6,15 @@ preset, the YAML file, `section.key=value` overrides. Loading is in `ibft.load_c
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 BUNDLED = "bundled:tiny"  # the base model and the tasks that come with the package
 
@@ -28,7 +36,10 @@ class ModelConfig(Section):
     quantization: Literal["nf4", "none"] = "nf4"
     """nf4: 4 bits with double quantisation (QLoRA); none: the weights as they are."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """transformers' attention implementation."""
+    """transformers' attention implementation: for padded rows, for generation (eager means sdpa on the fused path),
+    and for all with train.fused_kernels=false. Packed rows the fused path attends to by segments itself, whatever is
+    set here. flash with data.packing needs batches of one row, which is for what is not fused: the whole model with
+    train.fused_kernels=false, or a layer that a run leaves to transformers."""
     offload_embeddings: bool = False
     """Keep the embedding table in host memory and look ids up there (a GPU's memory only; not with tied embeddings).
     train.gradient_checkpointing=auto does so by itself where nothing else makes the step fit."""
@@ -129,6 +140,15 @@ class TrainConfig(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers beside metrics.jsonl."""
 
+    @field_validator("gradient_checkpointing", mode="wrap")
+    @classmethod
+    def _switch_or_word(cls, value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        # of a union pydantic names its members one after the other
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError("expected true, false, auto or mlp") from None
+
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_fp32(cls, value: object) -> object:
@@ -161,7 +181,7 @@ class CheckpointConfig(Section):
 class RuntimeConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    memory_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    memory_budget: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] | None = None
     """GiB of the device to plan for, as if it were a card of that size; default: what is free when the run starts."""
 
 
@@ -187,7 +207,8 @@ class Config(Section):
                 "set data.packing=false data.pad_to_max_length=true"
             )
         if self.data.packing and self.model.attn_implementation.startswith("flash"):
-            # transformers recognises packed rows for flash attention only in batches of one
+            # transformers recognises packed rows for flash attention only in batches of one; which layers it attends
+            # for is known only when the model is fused
             rows = (self.train.per_device_train_batch_size, self.train.per_device_eval_batch_size)
             if rows != (1, 1):
                 raise ValueError(

@@ -88,7 +88,8 @@ class Console:
             task = bar.add_task(what, total=total)
             yield lambda done, *_: bar.update(task, completed=done)
 
-    def result(self, result: dict[str, Any], path: Path, *, kept_best: bool) -> None:
+    def result(self, result: dict[str, Any], path: Path, *, kept_best: bool, on_cpu: bool) -> None:
+        """on_cpu: the peak is the whole process's, libraries and code included, not that of the tensors alone."""
         first, last = result["first"], result["last"]
         table = Table("", "first", "last", title="result", title_justify="left")
         for key, label in (("loss", "loss"), ("ce", "CE"), ("kl", "KL (nats)"), ("ce_z", "CE_z")):
@@ -98,7 +99,8 @@ class Console:
             table.add_row("held-out CE (best)", "", f"{min(result['eval_ce']):.4f}")
         table.add_row("Pass@1", _pass(result["pass_at_1"]["before"]), _pass(result["pass_at_1"]["after"]))
         table.add_row("tokens/s", "", f"{result['tokens_per_second']:,.0f}")
-        table.add_row("peak memory", "", f"{result['peak_memory_mib']:,.0f} MiB")
+        label = "peak memory of the process" if on_cpu else "peak memory"
+        table.add_row(label, "", f"{result['peak_memory_mib']:,.0f} MiB")
         self.rich.print(table)
         if "not_judged" in (result["pass_at_1"]["before"] or {}):
             self.notice(f"Pass@1 not judged: {result['pass_at_1']['before']['not_judged']}")

@@ -1,4 +1,7 @@
-"""`ibft-fast estimate`: what a run would take, said before anything is downloaded. The numbers are `ibft.plan`'s."""
+"""`ibft-fast estimate`: what a run would take, from no more of the model than its config.json.
+
+The numbers are `ibft.plan`'s.
+"""
 
 import os
 import time
@@ -22,8 +25,8 @@ SUSTAINED = 50e12  # FLOP/s of the example where no device can be measured
 TYPICAL_PROMPT = 256  # tokens, for the cache of a generation
 
 
-def run_estimate(config: Config, memory: float | None, notices: list[str]) -> None:
-    """Print the estimate. memory: GiB of the card to plan for, in place of `runtime.memory_budget` or what is free.
+def run_estimate(config: Config, notices: list[str]) -> None:
+    """Print the estimate.
 
     Raises:
         IBFTError: as `train` would, for what can be seen without weights.
@@ -35,8 +38,6 @@ def run_estimate(config: Config, memory: float | None, notices: list[str]) -> No
     console = Console()
     for notice in notices:
         console.notice(notice)
-    if memory is not None:
-        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"memory_budget": memory})})
     device, here = choose_target(config)
     itemsize = choose_dtype(config.train, torch.device(device)).itemsize if here else None
     base = load_model_config(config.model, needs_weights=False)
@@ -72,20 +73,37 @@ def choose_target(config: Config) -> tuple[str, bool]:
 
 
 def find_data(config: Config, console: Console) -> "Datasets | str":
-    """The encoded data where files and tokenizer are here; else why they are not known."""
-    from ibft.data.sources import _looks_like_path
+    """The encoded data where files and tokenizer are here; else why they are not known.
+
+    Raises:
+        DataError: a file of rows or tasks is missing, malformed or empty.
+    """
+    from ibft.data.sources import load_rows
     from ibft.model import load_tokenizer
 
-    path = config.data.path
-    if not is_local(path) and not _looks_like_path(path):
+    path, held_out, tasks = config.data.path, config.data.eval_path, config.eval.tasks
+    for file in {path, held_out, tasks} - {BUNDLED}:
+        if file is not None and not of_hub(file):
+            load_rows(file)
+    if of_hub(path):
         return f"{path} is a hub data set: its rows are counted once it is here"
-    if not is_local(config.data.eval_path):
+    if held_out is not None and of_hub(held_out):
         config = config.model_copy(update={"data": config.data.model_copy(update={"eval_path": None})})
     try:
         tokenizer = load_tokenizer(config.model, download=False)
     except SetupError:
+        base = config.model.name_or_path
+        if is_local(base):
+            return f"there is no tokenizer in {base}"
         return "the tokenizer is not here: `ibft-fast train --dry-run` with the same arguments fetches it"
     return load_data(config, tokenizer, console)
+
+
+def of_hub(path: str) -> bool:
+    """Whether `load_rows` would ask the hub for it."""
+    from ibft.data.sources import _looks_like_path
+
+    return not is_local(path) and not _looks_like_path(path)
 
 
 def describe(console: Console, s: Setup) -> None:
@@ -176,7 +194,8 @@ def extra_share(s: Setup, choice: Choice) -> float:
 
 def cards_table(s: Setup) -> Table:
     """The plan on each size of card, where none is named and none is here."""
-    table = Table("card", "peak", "arithmetic", "plan", title="on a card of (--memory GIB)", title_justify="left")
+    title = "on a card of (--memory GIB), with train.gradient_checkpointing=auto"
+    table = Table("card", "peak", "arithmetic", "plan", title=title, title_justify="left")
     for card in CARDS:
         setup = replace(s, config=with_auto(s.config))
         choice = choose_plan(setup, card * GIB - CUDA_CONTEXT)

@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ibft.config import BUNDLED, Config
+from ibft.errors import ConfigError, SetupError
 
 if TYPE_CHECKING:
     from ibft.data.encode import EncodedData
@@ -72,26 +73,45 @@ class ModelShape:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    attention_drops: bool = False
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """From a transformers config."""
-        heads = config.num_attention_heads
+        """From a transformers config.
+
+        Raises:
+            ConfigError: not of the Llama family. SetupError: sizes that no model has.
+        """
+        sizes: dict[str, Any] = {
+            name: getattr(config, name, None)
+            for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+        }
+        if missing := [name for name, size in sizes.items() if not isinstance(size, int)]:
+            raise ConfigError(
+                f"{type(config).__name__} is not of the Llama family: expected one number each under {', '.join(missing)}"
+            )
+        heads = sizes["num_attention_heads"]
+        kv_heads = getattr(config, "num_key_value_heads", None)
+        sizes["num_key_value_heads"] = heads if kv_heads is None else kv_heads
+        if wrong := {name: size for name, size in sizes.items() if size < 1}:
+            listed = ", ".join(f"{name}: {size}" for name, size in wrong.items())
+            raise SetupError(f"the model's config.json has {listed}; expected 1 or more")
         kind = str(getattr(config, "model_type", ""))
         bias = bool(getattr(config, "attention_bias", False))
         return cls(
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            layers=config.num_hidden_layers,
-            vocab=config.vocab_size,
+            hidden=sizes["hidden_size"],
+            intermediate=sizes["intermediate_size"],
+            layers=sizes["num_hidden_layers"],
+            vocab=sizes["vocab_size"],
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            kv_heads=sizes["num_key_value_heads"],
+            head_dim=getattr(config, "head_dim", None) or sizes["hidden_size"] // heads,
             tied=bool(getattr(config, "tie_word_embeddings", False)),
             qkv_bias=bias or kind == "qwen2",  # which its config does not say
             out_bias=bias and kind != "qwen2",
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
             qk_norm=kind == "qwen3",
+            attention_drops=bool(getattr(config, "attention_dropout", 0)),
         )
 
     @property

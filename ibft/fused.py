@@ -35,6 +35,7 @@ from ibft_kernels import (
     LoraShadow,
     MlpShadow,
     add_rms_norm,
+    ib_bottleneck_latent,
     ib_lora_mlp,
     lora_linear,
     lora_mlp,
@@ -97,6 +98,19 @@ class SharedInput:
         self.shadow: LoraShadow | None = None
         self.bare: LoraShadow | None = None
 
+    def changed(self) -> bool:
+        """Whether PEFT has put other parameters or another scaling into the modules since (a new adapter of the same
+        name, `set_scale`).
+        """
+        for module, p in zip(self.modules, self.projections, strict=True):
+            if p.lora_a is not None and (
+                module.lora_A[ADAPTER].weight is not p.lora_a
+                or module.lora_B[ADAPTER].weight is not p.lora_b
+                or module.scaling[ADAPTER] != p.scaling
+            ):
+                return True
+        return False
+
     @property
     def adapted(self) -> bool:
         """False while PEFT has the adapter disabled, or merged into the base."""
@@ -109,6 +123,8 @@ class SharedInput:
             if self.bare is None or self.bare.dtype != dtype:
                 self.bare = LoraShadow(self.base_only, dtype)
             return self.base_only, self.bare, None
+        if self.changed():
+            self.projections, self.shadow = [projection_of(module) for module in self.modules], None
         if self.shadow is None or self.shadow.dtype != dtype:
             self.shadow = LoraShadow(self.projections, dtype)
         return self.projections, self.shadow, self.dropout()
@@ -133,11 +149,14 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 # --- modules --------------------------------------------------------------------------------------
 
 
-def fused_norm(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
+class FusedNorm:
+    """Stands in for the forward of a frozen RMSNorm."""
 
-    return forward
+    def __init__(self, norm: Any) -> None:
+        self.norm = norm
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.norm.weight, self.norm.variance_epsilon)
 
 
 class FusedAttention:
@@ -229,11 +248,14 @@ class FusedMlp:
         """residual + mlp(x) [B, T, D], and the latent that the context asks for."""
         request = context.request
         assert request is not None
-        x = x.to(compute_dtype(x))
-        projections, settings = self.arguments(x)
-        hidden, latent = ib_lora_mlp(
-            x, residual.to(x.dtype), *projections, *request.encoder, **settings, **request.settings
-        )
+        dtype = compute_dtype(x)
+        if residual.dtype == dtype and not (self.wide.foreign or self.down.foreign):
+            x = x.to(dtype)
+            projections, settings = self.arguments(x)
+            hidden, latent = ib_lora_mlp(x, residual, *projections, *request.encoder, **settings, **request.settings)
+        else:  # a wider residual stream than the products, or another adapter
+            hidden = residual + self(x)
+            latent = ib_bottleneck_latent(hidden.to(dtype), *request.encoder, **request.settings)
         if request.latent is None:  # a recomputation in backward gives its own: the loss has the first
             request.latent = latent
         return hidden
@@ -249,7 +271,9 @@ class FusedBlock:
         block = self.block
         attended, _ = block.self_attn(block.input_layernorm(hidden_states), *args, **kwargs)
         norm = block.post_attention_layernorm
-        x, hidden = add_rms_norm(attended, hidden_states.to(attended.dtype), norm.weight, norm.variance_epsilon)
+        # the residual stream keeps its dtype, as transformers' does under autocast
+        attended = attended.to(hidden_states.dtype)
+        x, hidden = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
         if self.tapped and self.context.request is not None:
             return self.mlp.tapped(x, hidden, self.context)
         return hidden + block.mlp(x)
@@ -278,6 +302,10 @@ class Fused:
         if not self._held:
             refresh_shadows(shared.shadow for shared in self.shared if shared.shadow is not None)
 
+    def before_forward(self, *_: Any) -> None:
+        """The decoder's forward pre-hook; a method, so that a copied or pickled model has its own."""
+        self.refresh()
+
     def notices(self) -> list[str]:
         """One line a reason for what was left alone, naming the modules."""
         lines = []
@@ -291,11 +319,11 @@ class Fused:
     def held(self) -> Iterator[None]:
         """No refresh inside: between the micro-batches of a step the masters do not change."""
         self.refresh()
-        self._held = True
+        before, self._held = self._held, True
         try:
             yield
         finally:
-            self._held = False
+            self._held = before
 
 
 def fuse(model: nn.Module, context: BatchContext, *, tapped_layer: int | None = None) -> Fused:
@@ -322,7 +350,7 @@ def fuse(model: nn.Module, context: BatchContext, *, tapped_layer: int | None = 
             block.forward = FusedBlock(block, mlp, context, tapped=tapped)
             fused.taps_fused = fused.taps_fused or tapped
     _fuse_norm(decoder.norm, fused, "norm")
-    decoder.register_forward_pre_hook(lambda *_: fused.refresh())
+    decoder.register_forward_pre_hook(fused.before_forward)
     return fused
 
 
@@ -380,5 +408,5 @@ def _fuse_norm(norm: Any, fused: Fused, name: str) -> bool:
     if norm.weight.requires_grad:
         fused.left_alone[name] = "a norm that trains"
         return False
-    norm.forward = fused_norm(norm)
+    norm.forward = FusedNorm(norm)
     return True

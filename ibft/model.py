@@ -17,6 +17,7 @@ from torch import nn
 from ibft.config import BUNDLED, LoraConfig, ModelConfig
 from ibft.context import BatchContext
 from ibft.errors import ConfigError, SetupError
+from ibft.footprint import ModelShape
 from ibft.nf4 import adopt_linear4bit
 from ibft.noise import SampleDropout, dropout_stream
 from ibft.tap import decoder_of
@@ -43,14 +44,18 @@ def load_model_config(config: ModelConfig, *, needs_weights: bool = True) -> Any
     needs_weights: whether a local folder must have them too.
 
     Raises:
-        SetupError: missing, gated or unreachable; a local folder without a model.
+        SetupError: missing, gated or unreachable; a local folder without a model; sizes that no model has.
+        ConfigError: not of the Llama family.
     """
     from transformers import AutoConfig
 
     path = resolve_path(config.name_or_path)
     _check_local_folder(path, needs_weights)
-    with _hub_errors(path):
-        return AutoConfig.from_pretrained(path, revision=config.revision)
+    # a config class computes with whatever the file holds: no head to divide by, a name that torch lacks
+    with _hub_errors(path, ArithmeticError, AttributeError, TypeError):
+        found = AutoConfig.from_pretrained(path, revision=config.revision)
+    ModelShape.of(found)
+    return found
 
 
 def load_tokenizer(config: ModelConfig, *, download: bool = True) -> "PreTrainedTokenizerBase":
@@ -179,13 +184,16 @@ def _check_local_folder(path: str, needs_weights: bool) -> None:
 
 
 @contextmanager
-def _hub_errors(path: str) -> Iterator[None]:
+def _hub_errors(path: str, *also: type[Exception]) -> Iterator[None]:
     """Turns what the hub, transformers and safetensors raise for a model that cannot be had into `SetupError`."""
+    from huggingface_hub import errors as hub
     from safetensors import SafetensorError
+
+    strict: type[Exception] = hub.StrictDataclassError  # a field of another type than the config class says
 
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, strict, *also) as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise
         raise SetupError(f"model {path} {_why(path, error)}") from error
@@ -211,5 +219,7 @@ def _why(path: str, error: Exception) -> str:
         return "has no such revision"
     if not os.path.isdir(path) and isinstance(error, OSError):
         return f"is neither a local folder nor reachable: check the network, or fetch it once with `hf download {path}`"
+    if isinstance(error, ArithmeticError | AttributeError | TypeError):
+        return f"has a config.json that transformers cannot take: {str(error).splitlines()[0]}"
     lines = str(error).strip().splitlines()
     return f"cannot be loaded: {' '.join(line.strip() for line in lines[:2])}"

@@ -131,7 +131,8 @@ def set_recompute(
 ) -> None:
     """Give every decoder block its mode, one an entry of `modes`; `copies`: offload the inputs of the full ones.
 
-    A block whose MLP is not fused keeps everything or nothing: "mlp" becomes "full" there. Call it once a model.
+    A block whose MLP is not fused keeps everything or nothing: "mlp" becomes "full" there. A block with attention
+    dropout keeps its input on the device. A second call replaces the first's modes.
 
     Raises:
         ValueError: as many modes as blocks are expected, each of them known.
@@ -143,26 +144,29 @@ def set_recompute(
     for block, mlp, mode in zip(blocks, fused.mlps, modes, strict=True):
         if mlp is not None:
             mlp.recompute = mode == "mlp"
+        if isinstance(block.forward, Checkpointed):
+            block.forward = block.forward.forward
         if mode == "full" or (mode == "mlp" and mlp is None):
-            block.forward = _checkpointed(block, block.forward, copies, first=first)
+            block.forward = Checkpointed(block, block.forward, copies, first=first)
             first = False
 
 
-def _checkpointed(
-    block: Any, forward: Callable[..., Any], copies: HostCopies | None, *, first: bool
-) -> Callable[..., Any]:
-    dropout = float(getattr(block.self_attn, "attention_dropout", 0.0))
+class Checkpointed:
+    """Stands in for a block's forward: keeps its input, on the device or the host, and runs it again in backward."""
 
-    def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
-            return forward(hidden_states, *args, **kwargs)
-        # the only randomness of torch's own generator is attention dropout: LoRA's and the bottleneck's are keyed
-        settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
-        if copies is None:
-            return checkpoint(forward, hidden_states, *args, **settings, **kwargs)
-        held = copies.take(hidden_states, first=first)
-        out = checkpoint(lambda: forward(held.get(), *args, **kwargs), **settings)
+    def __init__(self, block: Any, forward: Callable[..., Any], copies: HostCopies | None, *, first: bool) -> None:
+        self.block, self.forward, self.copies, self.first = block, forward, copies, first
+        # the only randomness of torch's own generator: LoRA's and the bottleneck's are keyed
+        self.dropout = float(getattr(block.self_attn, "attention_dropout", 0.0)) > 0
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (self.block.training and torch.is_grad_enabled()):
+            return self.forward(hidden_states, *args, **kwargs)
+        settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.dropout}
+        # checkpoint saves the generators of the devices that it sees tensors of: with dropout it must see one
+        if self.copies is None or self.dropout:
+            return checkpoint(self.forward, hidden_states, *args, **settings, **kwargs)
+        held = self.copies.take(hidden_states, first=self.first)
+        out = checkpoint(lambda: self.forward(held.get(), *args, **kwargs), **settings)
         held.release()
         return out
-
-    return run

@@ -153,7 +153,8 @@ def train_and_report(
         "pass_at_1": {"before": before, "after": after},
     }
     run_dir.write_json("result.json", result)
-    console.result(result, run_dir.path, kept_best=(run_dir.path / "adapter-best").exists())
+    on_cpu = trainer.accelerator.device.type == "cpu"
+    console.result(result, run_dir.path, kept_best=(run_dir.path / "adapter-best").exists(), on_cpu=on_cpu)
     return 0
 
 

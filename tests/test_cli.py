@@ -92,7 +92,7 @@ def test_a_default_run_needs_no_network(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert attempts.read_text() == ""
-    for words in ("4-bit NF4", "KL: sum over dims", "held-out CE", "Pass@1", "tokens/s", "peak memory"):
+    for words in ("4-bit NF4", "KL: sum over dims", "held-out CE", "Pass@1", "tokens/s", "peak memory of the process"):
         assert words in done.stdout
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

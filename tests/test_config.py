@@ -109,7 +109,12 @@ def test_aliases_are_taken_with_a_notice():
         ("max_steps", "got 'max_steps', expected section.key=value"),
         ("runtime.device=tpu", "runtime.device: got 'tpu'"),
         ("runtime.memory_budget=0", "runtime.memory_budget: got 0"),
-        ("train.gradient_checkpointing=some", "train.gradient_checkpointing: got 'some'"),
+        ("runtime.memory_budget=.inf", "runtime.memory_budget: got inf"),
+        ("runtime.memory_budget=.nan", "runtime.memory_budget: got nan"),
+        (
+            "train.gradient_checkpointing=sometimes",
+            "train.gradient_checkpointing: got 'sometimes': expected true, false, auto or mlp",
+        ),
         ("train.activation_offloading=true", "train.gradient_checkpointing=false has none: set it to true or auto"),
     ],
 )

@@ -65,14 +65,14 @@ def test_what_does_not_fit_says_what_would(model):
     assert "fits: " in invoke(*model, "--memory", "8", "train.per_device_train_batch_size=4",
                               "train.gradient_checkpointing=true", *change).output  # fmt: skip
     assert "no setting makes it fit" in invoke(*model, "--memory", "3").output
-    keys = invoke(*model, "--memory", "16", "eval.tasks=tasks.jsonl").output
+    keys = invoke(*model, "--memory", "16", "eval.tasks=bundled:tiny").output
     assert "generating for Pass@1 keeps up to" in keys
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the card that is here is asked instead")
 def test_without_a_card_every_size_is_shown(model):
     result = invoke(*model)
-    assert "on a card of (--memory GIB)" in result.output
+    assert "on a card of (--memory GIB), with train.gradient_checkpointing=auto" in result.output
     assert "8 GiB" in result.output
     assert "time: unknown, no CUDA device here" in result.output
 
@@ -85,6 +85,42 @@ def test_refusals(model, tmp_path):
     assert_refused(invoke(f"model.name_or_path={tmp_path}", "data.path=some/rows"), 4, "config.json")
     (tmp_path / "base" / "config.json").write_text(json.dumps(DEEPSEEK | {"tie_word_embeddings": True}))
     assert_refused(invoke(*model, "model.offload_embeddings=true"), 2, "model.offload_embeddings", "tied")
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "0", "-8", "1e300"])
+def test_a_card_has_a_size(model, memory):
+    assert_refused(invoke(*model, "--memory", memory), 2, "runtime.memory_budget: got ")
+
+
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_a_model_that_is_no_llama_is_refused_before_its_weights(tmp_path, command):
+    """By the fields that its config lacks, or that hold no sizes."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    arguments = [command, f"model.name_or_path={tmp_path}", "data.path=some/rows"]
+    for config, code, message in (
+        ({"model_type": "gpt2"}, 2, "GPT2Config is not of the Llama family"),
+        ({"model_type": "llava"}, 2, "LlavaConfig is not of the Llama family"),
+        (DEEPSEEK | {"hidden_size": "big"}, 4, "'hidden_size' expected int"),
+        (DEEPSEEK | {"num_attention_heads": 0}, 4, "cannot take"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert_refused(CliRunner().invoke(app, arguments, catch_exceptions=False), code, message)
+
+
+def test_data_files_are_looked_at_without_a_tokenizer(model, tmp_path):
+    """They are wrong whether or not their tokens can be counted; and no command fetches a tokenizer into a folder."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n')
+    result = invoke(model[0], f"data.path={rows}", "--memory", "8")
+    assert result.exit_code == 0, result.output
+    assert "steps: unknown; there is no tokenizer in" in result.output
+    assert "--dry-run" not in result.output
+    assert_refused(invoke(model[0], "data.path=nope.jsonl"), 3, "nope.jsonl: no such file")
+    for key in ("data.eval_path", "eval.tasks"):
+        assert_refused(invoke(model[0], f"data.path={rows}", f"{key}=nope.jsonl"), 3, "nope.jsonl: no such file")
+        assert_refused(invoke(*model, f"{key}=nope.jsonl"), 3, "nope.jsonl: no such file")
+    (tmp_path / "broken.jsonl").write_text("{broken")
+    assert_refused(invoke(model[0], f"data.path={tmp_path}/broken.jsonl"), 3, "broken.jsonl:1: malformed JSON")
 
 
 def test_train_says_its_plan(tmp_path):

@@ -259,6 +259,104 @@ def test_a_disabled_and_a_second_adapter(folders):
     torch.testing.assert_close(model(ids).logits, tuned, rtol=0, atol=0)
 
 
+def test_what_peft_changes_later_counts(folders):
+    """Another scaling, a new adapter of the same name, a copy of the model: as without the fast path."""
+    import copy
+
+    trainer = tiny_trainer(folders("llama"), random_samples([9]))
+    model = trainer.model.eval()
+    randomise_lora(model)
+    ids = torch.tensor([[4, 5, 6, 7]])
+    tuned = model(ids).logits.detach()
+    with model.disable_adapter():
+        base = model(ids).logits.detach()
+    twin = copy.deepcopy(model)
+    layers = [module for module in model.modules() if hasattr(module, "set_scale")]
+    for layer in layers:
+        layer.set_scale("default", 0.0)
+    torch.testing.assert_close(model(ids).logits, base, rtol=1e-4, atol=1e-5)
+    for layer in layers:
+        layer.set_scale("default", 1.0)
+    torch.testing.assert_close(model(ids).logits, tuned, rtol=0, atol=0)
+
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    torch.testing.assert_close(twin(ids).logits, base, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, tuned, rtol=0, atol=0)
+
+    settings = model.peft_config["default"]
+    model.add_adapter("spare", settings)
+    model.delete_adapter("default")
+    model.add_adapter("default", settings)
+    model.set_adapter("default")
+    torch.testing.assert_close(model(ids).logits, base, rtol=1e-4, atol=1e-5)  # its B is zero
+
+
+def test_a_merged_adapter_counts_once(folders):
+    trainer = tiny_trainer(folders("llama"), random_samples([9]), "model.quantization=none")
+    model = trainer.model.eval()
+    randomise_lora(model)
+    ids = torch.tensor([[4, 5, 6, 7]])
+    tuned = model(ids).logits.detach()
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_sliding_window_that_binds(folders, tmp_path, packing):
+    """Mistral with a window of 6 in samples of up to 31."""
+    import json
+    import shutil
+
+    shutil.copytree(folders("mistral"), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sliding_window": 6}))
+    found, expected = (step(str(tmp_path / "model"), f"data.packing={packing}", fused=f) for f in (True, False))
+    assert_equal(found, expected, 2e-5)
+    wide = step(folders("mistral"), f"data.packing={packing}")
+    assert (wide[0].ce - found[0].ce).abs() > 1e-4  # the window does bind
+
+
+@pytest.mark.parametrize("what", ["a base weight", "a norm"])
+def test_what_trains_is_left_alone(what):
+    model = AutoModelForCausalLM.from_config(tiny_model_config("llama")).requires_grad_(False)
+    layer = model.model.layers[1]
+    (layer.mlp.up_proj if what == "a base weight" else layer.input_layernorm).weight.requires_grad_(True)
+    fused = fuse(model, BatchContext(0))
+    name, reason = (
+        ("mlp", "base weights that train") if what == "a base weight" else ("input_layernorm", "a norm that trains")
+    )
+    assert fused.left_alone == {f"layers.1.{name}": reason}
+    model(torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_residual_stream_keeps_its_dtype_under_autocast(folders):
+    """An fp32 base under bf16 autocast: as near the fp32 truth as transformers' own modules, the tap included."""
+
+    def gradient(precision, fused):
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        trainer = tiny_trainer(folders("llama"), random_samples(LENGTHS), f"train.fused_kernels={fused}")
+        randomise_lora(trainer.model)
+        trainer.model.train()
+        trainer.accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        trainer.backward(next(trainer.batches(trainer.data, epoch=0)))
+        return gradients(trainer)
+
+    truth, fused, native = gradient("fp32", False), gradient("bf16", True), gradient("bf16", False)
+
+    def off(run):
+        return sum(float((run[name] - value).norm() / value.norm()) for name, value in truth.items())
+
+    assert 0 < off(fused) <= 1.1 * off(native)
+
+
 def test_generation_equals_the_unfused(folders):
     """Greedy, left-padded, with a cache."""
     from accelerate.state import AcceleratorState
@@ -390,18 +488,36 @@ def test_a_shared_residual_gradient_is_not_written_to(monkeypatch, guard):
     assert same == guard
 
 
-def test_the_buffer_is_used_where_it_is_owned_and_only_there(monkeypatch):
+@pytest.fixture
+def inplace(monkeypatch):
+    """What each backward of the tap asked of `ib_lora_backward`. A spy on `owns` itself would hold a reference."""
+    asked = []
+    backward = tap_module.ib_lora_backward
+    monkeypatch.setattr(tap_module, "ib_lora_backward", lambda *a, **k: asked.append(k["inplace"]) or backward(*a, **k))
+    return asked
+
+
+def test_the_buffer_is_used_where_it_is_owned_and_only_there(inplace):
     import ibft_kernels
 
-    asked = []
-    real = tap_module.owns
-    inplace = []
-    backward = tap_module.ib_lora_backward
-    monkeypatch.setattr(tap_module, "owns", lambda g: asked.append(1) or real(g))
-    monkeypatch.setattr(
-        tap_module, "ib_lora_backward", lambda *a, **k: inplace.append(k["inplace"]) or backward(*a, **k)
-    )
     run, leaves = tapped_node()
     torch.autograd.grad(run(ibft_kernels, True), leaves)
-    assert asked == [1]
     assert inplace == [False]
+    torch.autograd.grad(run(ibft_kernels, False), leaves)
+    assert inplace == [False, True]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("modes", [None, ["mlp"] * 3, ["full"] * 3])
+def test_the_trainer_writes_into_the_arriving_gradient(folders, inplace, modes, precision):
+    step(folders("llama"), f"train.mixed_precision={precision}", "data.packing=true", modes=modes)
+    assert inplace
+    assert all(inplace)
+
+
+def test_the_tap_has_no_second_derivative():
+    import ibft_kernels
+
+    run, leaves = tapped_node()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(run(ibft_kernels, False), leaves, create_graph=True)

@@ -98,6 +98,17 @@ def test_folders_that_hold_no_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "config.json").write_text("{broken")
     assert "cannot be loaded" in refused(tmp_path)
+    sizes = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    for wrong, message in (
+        ({"hidden_size": "big"}, "'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "cannot take: integer division or modulo by zero"),
+        ({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: 0; expected 1 or more"),
+        ({"vocab_size": -1, "num_hidden_layers": 0}, "num_hidden_layers: 0, vocab_size: -1; expected 1 or more"),
+        ({"dtype": "half a byte"}, "config.json that transformers cannot take"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | wrong))
+        assert message in refused(tmp_path)
 
 
 def test_damaged_weights(tmp_path):
@@ -112,8 +123,11 @@ def test_a_model_of_another_family_is_refused(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=50)).save_pretrained(tmp_path)
+    settings = ModelConfig(name_or_path=str(tmp_path))
     with pytest.raises(ConfigError, match="not of the Llama family"):
-        load_base(ModelConfig(name_or_path=str(tmp_path)), dtype=torch.float32, device=torch.device("cpu"))
+        load_base(settings, dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="GPT2Config is not of the Llama family: .* intermediate_size"):
+        load_model_config(settings)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import torch
 from test_fused import LENGTHS
 from tiny_models import gradients, random_samples, randomise_lora, save_tiny_model, tiny_trainer
 
+from ibft import run
 from ibft.offload import HostEmbedding, offload_embeddings
+from ibft.plan import Plan
 from ibft.recompute import LEAVING, HostCopies, set_recompute
 from ibft.tap import decoder_of
 
@@ -155,13 +157,35 @@ def test_the_trainer_follows_the_configuration(folder, monkeypatch):
 
     def modes(*overrides):
         blocks = decoder_of(trainer_of(folder, *overrides).model).layers
-        names = [getattr(block.forward, "__qualname__", type(block.forward).__name__) for block in blocks]
-        return ["_checkpointed" in name for name in names], [block.mlp.forward.recompute for block in blocks]
+        return [isinstance(block.forward, Checkpointed) for block in blocks], [
+            block.mlp.forward.recompute for block in blocks
+        ]
 
     assert modes("train.gradient_checkpointing=auto", "runtime.memory_budget=4") == ([False] * 5, [False] * 5)
     assert modes("train.gradient_checkpointing=auto", "runtime.memory_budget=0.0001") == ([True] * 5, [False] * 5)
     assert modes("train.gradient_checkpointing=mlp") == ([False] * 5, [True] * 5)
     assert modes("train.gradient_checkpointing=true") == ([True] * 5, [False] * 5)
+
+
+def test_the_trainer_offloads_what_the_plan_says(folder, monkeypatch):
+    """`build_trainer` hands the plan's offloading on, to the blocks and to the loop's own lookup, for the same bits."""
+    plan = Plan(("full",) * 5, activation_offloading=True, offload_embeddings=True)
+    expected = one_step(trainer_of(folder))
+    monkeypatch.setattr(run, "plan_memory", lambda *_: SimpleNamespace(plan=plan))
+    trainer = trainer_of(folder)
+    decoder = decoder_of(trainer.model)
+    assert all(isinstance(block.forward.copies, HostCopies) for block in decoder.layers)
+    assert isinstance(trainer.embeddings, HostEmbedding)
+    assert decoder.embed_tokens is trainer.embeddings
+    assert_same_bits(one_step(trainer), expected)
+
+
+def test_modes_replace_each_other(folder):
+    trainer = trainer_of(folder, modes=["full"] * 5)
+    set_recompute(trainer.model, trainer.fused, ["full", "none", "mlp", "none", "full"])
+    blocks = decoder_of(trainer.model).layers
+    assert [isinstance(block.forward, Checkpointed) for block in blocks] == [True, False, False, False, True]
+    assert not isinstance(blocks[0].forward.forward, Checkpointed)
 
 
 # --- embeddings -----------------------------------------------------------------------------------

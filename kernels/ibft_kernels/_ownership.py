@@ -67,7 +67,6 @@ def owns(grad: torch.Tensor) -> bool:
     return (
         expected is not None
         and not torch.is_grad_enabled()  # a double backward records what it is handed
-        and not grad._is_view()
         and grad.is_contiguous()
         and (*_counts(grad), sys.getrefcount(grad)) == expected
     )

@@ -18,6 +18,7 @@ from ibft_kernels import (
     lora_qkv,
     reference,
 )
+from ibft_kernels.ops import ib_lora_mlp as tap_module
 from ibft_kernels.ops import lora_mlp as mlp_module
 
 N, D, W, R, Z = 19, 36, 52, 5, 7
@@ -211,6 +212,35 @@ def test_twice_with_the_graph_kept(backend):
         first = torch.autograd.grad(loss, leaves, retain_graph=True)
         second = torch.autograd.grad(loss, leaves)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_tap_writes_into_a_gradient_that_is_its_own(monkeypatch):
+    asked, backward = [], tap_module.ib_lora_backward
+    monkeypatch.setattr(tap_module, "ib_lora_backward", lambda *a, **k: asked.append(k["inplace"]) or backward(*a, **k))
+    gate, up, down = (projection(o, i) for o, i in ((W, D), (W, D), (D, W)))
+    hidden, _ = ib_lora_mlp(leaf(N, D), leaf(N, D), gate, up, down, leaf(2 * Z, D), None, seed=1)
+    (hidden * 2.0).tanh().sum().backward()
+    assert asked == [True]
+
+
+@pytest.mark.parametrize("op", ["linear", "qkv", "mlp", "tap"])
+def test_autocast_does_not_reach_into_a_node(op):
+    """The dtype of the products is x's: fp32 stays fp32 inside a bf16 region, forward and backward."""
+    gate, up, down = (projection(o, i, dtype=torch.float32) for o, i in ((W, D), (W, D), (D, W)))
+    x, weight = leaf(N, D, dtype=torch.float32), leaf(2 * Z, D, dtype=torch.float32)
+    run = {
+        "linear": lambda: lora_linear(x, gate),
+        "qkv": lambda: lora_qkv(x, gate, up, gate)[1],
+        "mlp": lambda: lora_mlp(x, gate, up, down),
+        "tap": lambda: ib_lora_mlp(x, x, gate, up, down, weight, None, seed=1).hidden,
+    }[op]
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+        grads = torch.autograd.grad(found.square().sum(), [x, up.lora_a if op != "linear" else gate.lora_a])
+    assert torch.equal(found, expected)
+    truth = torch.autograd.grad(expected.square().sum(), [x, up.lora_a if op != "linear" else gate.lora_a])
+    assert all(torch.equal(a, b) for a, b in zip(grads, truth, strict=True))
 
 
 def test_that_test_would_notice(monkeypatch):

@@ -146,3 +146,47 @@ def test_kept_graphs(x):
     assert kept == [True]
     ask(loss)
     assert kept == [False]
+
+
+@pytest.mark.parametrize("held", ["storage", "object"])
+def test_each_count_counts(x, held):
+    """One more reference to the storage alone, or to the Python object alone, is seen; of the tensor: a residual's."""
+    kept = []
+
+    class Holder(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            calibrate()
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, *grads):
+            (grad,) = grads
+            del grads
+            kept.append(grad if held == "object" else grad.detach())
+            answers.append(owns(grad))
+            return grad * 1
+
+    answers.clear()
+    residual_and_norm(Holder.apply(x)).backward()
+    assert answers == [False]
+
+
+@pytest.mark.parametrize("kind", ["view", "strided"])
+def test_a_gradient_that_is_not_dense_is_not_owned(kind):
+    """Even where nobody else holds it: what is added must lie in adjacent memory that is this tensor's own."""
+
+    def made_of(grad):
+        return (grad * 1).view(3, 4) if kind == "view" else torch.empty_strided((3, 4), (1, 3)).copy_(grad)
+
+    class Give(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            return made_of(grad)
+
+    x = torch.randn(3, 4, requires_grad=True)
+    assert not ask(Give.apply(Node.apply(x)).sin().sum())

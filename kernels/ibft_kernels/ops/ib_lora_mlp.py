@@ -76,10 +76,12 @@ class _IBLoraMlp(torch.autograd.Function):
         return h_ND.view(residual.shape), z, kl, mulogvar
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        """Bare: a decorator's own frame would hold the gradients too, and `owns` counts references."""
         dh, dz, dkl, _ = grads
-        del grads  # `owns` counts references
+        del grads
+        if torch.is_grad_enabled():
+            raise RuntimeError("ib_lora_mlp is differentiable once: it has no second derivative")
         inplace = dh is not None and owns(dh)
         dh_ND = None if dh is None else as_rows(dh)
         del dh
@@ -152,9 +154,10 @@ def ib_lora_mlp(
     stand_in = x.detach().new_empty(()).expand(*lead, n_latent)
     arguments = check_arguments(stand_in, stand_in, seed, noise_ids, eps, mask, logvar_range, reduction, normalizer)
     noise = _Noise(arguments, reduction, chosen_route(backend, x.device, x.dtype), backend)
-    hidden, z_NZ, kl, mulogvar_N2Z = _IBLoraMlp.apply(
-        x, residual, encoder_weight, encoder_bias, spec, noise, *masters_of(gate, up, down)
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        hidden, z_NZ, kl, mulogvar_N2Z = _IBLoraMlp.apply(
+            x, residual, encoder_weight, encoder_bias, spec, noise, *masters_of(gate, up, down)
+        )
     mu, logvar = mulogvar_N2Z.detach().view(*lead, 2 * n_latent).chunk(2, dim=-1)
     kl = kl.view(lead) if reduction == "none" else kl
     return Tapped(hidden, Latent(z_NZ.view(*lead, n_latent), kl, mu, logvar))

@@ -386,7 +386,8 @@ def _shared_input(
     resolved = resolve_backend(backend, x.device)
     shadow = check_shadow_of("shadow", shadow, projections, x)
     rows = row_dropout(dropout, x, resolved)
-    ys = _SharedInput.apply(as_rows(x), projections, shadow, rows, *masters_of(*projections))
+    with torch.autocast(x.device.type, enabled=False):  # the dtype is x's, not a region's
+        ys = _SharedInput.apply(as_rows(x), projections, shadow, rows, *masters_of(*projections))
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 

@@ -197,5 +197,6 @@ def lora_mlp(
         RuntimeError: the triton backend was asked for and cannot run here; a shadow was refreshed before backward.
     """
     spec = mlp_spec(x, gate, up, down, dropout, down_dropout, shadow, recompute, backend)
-    y_ND = _LoraMlp.apply(as_rows(x), spec, *masters_of(gate, up, down))
+    with torch.autocast(x.device.type, enabled=False):  # the dtype is x's, not a region's
+        y_ND = _LoraMlp.apply(as_rows(x), spec, *masters_of(gate, up, down))
     return y_ND.view(*x.shape[:-1], y_ND.shape[-1])
