@@ -88,7 +88,7 @@ class ModelShape:
         }
         if missing := [name for name, size in sizes.items() if not isinstance(size, int)]:
             raise ConfigError(
-                f"{type(config).__name__} is not of the Llama family: expected one number each under {', '.join(missing)}"
+                f"{type(config).__name__} is not of the Llama family: expected a number under {', '.join(missing)}"
             )
         heads = sizes["num_attention_heads"]
         kv_heads = getattr(config, "num_key_value_heads", None)

@@ -189,11 +189,12 @@ def _hub_errors(path: str, *also: type[Exception]) -> Iterator[None]:
     from huggingface_hub import errors as hub
     from safetensors import SafetensorError
 
-    strict: type[Exception] = hub.StrictDataclassError  # a field of another type than the config class says
+    # StrictDataclassError: a field of another type than the config class says
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, *also)
 
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, strict, *also) as error:
+    except (*kinds, hub.StrictDataclassError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise
         raise SetupError(f"model {path} {_why(path, error)}") from error

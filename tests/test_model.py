@@ -126,7 +126,7 @@ def test_a_model_of_another_family_is_refused(tmp_path):
     settings = ModelConfig(name_or_path=str(tmp_path))
     with pytest.raises(ConfigError, match="not of the Llama family"):
         load_base(settings, dtype=torch.float32, device=torch.device("cpu"))
-    with pytest.raises(ConfigError, match="GPT2Config is not of the Llama family: .* intermediate_size"):
+    with pytest.raises(ConfigError, match=r"GPT2Config is not of the Llama family: .* intermediate_size"):
         load_model_config(settings)
 
 

@@ -12,7 +12,7 @@ from tiny_models import gradients, random_samples, randomise_lora, save_tiny_mod
 from ibft import run
 from ibft.offload import HostEmbedding, offload_embeddings
 from ibft.plan import Plan
-from ibft.recompute import LEAVING, HostCopies, set_recompute
+from ibft.recompute import LEAVING, Checkpointed, HostCopies, set_recompute
 from ibft.tap import decoder_of
 
 CPU = torch.device("cpu")

@@ -387,9 +387,10 @@ BREAKAGES = [
              _OWNS + "test_each_count_counts"),
     Breakage("ownership: strided gradients", OWNERSHIP, "        and grad.is_contiguous()\n", "",
              _OWNS + "test_a_gradient_that_is_not_dense_is_not_owned"),
-    Breakage("ownership: a decorator holds the gradients", TAP,
-             "    @staticmethod\n    def backward(ctx", "    @staticmethod\n    @torch.autograd.function.once_differentiable\n"
-             "    def backward(ctx", _LAYERS + "test_the_tap_writes_into_a_gradient_that_is_its_own"),
+    Breakage("ownership: somebody holds the gradients", TAP, "        del grads\n", "",
+             _LAYERS + "test_the_tap_writes_into_a_gradient_that_is_its_own"),
+    Breakage("layer: autocast reaches into backward", LAYER, "with torch.autocast(dys[0].device.type, enabled=False):",
+             "if True:", _LAYERS + "test_autocast_does_not_reach_into_a_node"),
     # the torch path, what a CPU runs
     Breakage("torch: rms gradient with the wrong sign", RMS, "addcmul_(h_nc, slope_n1, value=-1.0)",
              "addcmul_(h_nc, slope_n1, value=1.0)", _RMS_TORCH),

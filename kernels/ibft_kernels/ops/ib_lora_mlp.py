@@ -90,15 +90,16 @@ class _IBLoraMlp(torch.autograd.Function):
         for shadow, versions in zip(spec.shadow, ctx.versions, strict=True):
             check_versions(shadow, versions)
         b_OR = spec.shadow.down.b_OR  # scaled already
-        total, t_NR, dweight, dbias = ib_lora_backward(
-            dh_ND, dz, dkl, weight_2ZD, mulogvar, inverse, b_OR[0] if b_OR else None, hidden=h_ND,
-            seed=join_seed(seed_tensor, ctx.seed), noise_ids=ids_N3, eps=eps_NZ,
-            mask=None if mask_N is None else mask_N.view(torch.bool), logvar_range=noise.arguments.logvar_range,
-            reduction=noise.reduction, inplace=inplace, needs_weight=ctx.needs_input_grad[2],
-            needs_bias=ctx.needs_input_grad[3], backend=noise.backend,
-        )  # fmt: skip
-        del dh_ND
-        found = mlp_backward(total, tuple(saved), spec, needs_x=ctx.needs_input_grad[0], t_NR=t_NR)
+        with torch.autocast(h_ND.device.type, enabled=False):
+            total, t_NR, dweight, dbias = ib_lora_backward(
+                dh_ND, dz, dkl, weight_2ZD, mulogvar, inverse, b_OR[0] if b_OR else None, hidden=h_ND,
+                seed=join_seed(seed_tensor, ctx.seed), noise_ids=ids_N3, eps=eps_NZ,
+                mask=None if mask_N is None else mask_N.view(torch.bool), logvar_range=noise.arguments.logvar_range,
+                reduction=noise.reduction, inplace=inplace, needs_weight=ctx.needs_input_grad[2],
+                needs_bias=ctx.needs_input_grad[3], backend=noise.backend,
+            )  # fmt: skip
+            del dh_ND
+            found = mlp_backward(total, tuple(saved), spec, needs_x=ctx.needs_input_grad[0], t_NR=t_NR)
         adapters = (grad for pair in found.adapters for grad in pair)
         dx = None if found.dx is None else found.dx.view(*ctx.lead, found.dx.shape[1])
         dresidual = total.view(*ctx.lead, -1) if ctx.needs_input_grad[1] else None

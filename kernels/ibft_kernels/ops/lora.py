@@ -288,10 +288,11 @@ class _SharedInput(torch.autograd.Function):
     def backward(ctx: Any, *dys: torch.Tensor) -> Any:
         x_ND, *kept = ctx.saved_tensors
         check_versions(ctx.shadow, ctx.versions)
-        grads = backward_rows(
-            [as_rows(dy) for dy in dys], x_ND, Kept(*kept), ctx.projections, ctx.shadow, ctx.dropout,
-            needs_x=ctx.needs_input_grad[0],
-        )  # fmt: skip
+        with torch.autocast(dys[0].device.type, enabled=False):
+            grads = backward_rows(
+                [as_rows(dy) for dy in dys], x_ND, Kept(*kept), ctx.projections, ctx.shadow, ctx.dropout,
+                needs_x=ctx.needs_input_grad[0],
+            )  # fmt: skip
         return grads.dx, None, None, None, *(grad for pair in grads.adapters for grad in pair)
 
 

@@ -131,7 +131,8 @@ class _LoraMlp(torch.autograd.Function):
         for shadow, versions in zip(ctx.spec.shadow, ctx.versions, strict=True):
             check_versions(shadow, versions)
         (dy,) = grads
-        found = mlp_backward(as_rows(dy), ctx.saved_tensors, ctx.spec, needs_x=ctx.needs_input_grad[0])
+        with torch.autocast(dy.device.type, enabled=False):
+            found = mlp_backward(as_rows(dy), ctx.saved_tensors, ctx.spec, needs_x=ctx.needs_input_grad[0])
         return found.dx, None, *(grad for pair in found.adapters for grad in pair)
 
 
