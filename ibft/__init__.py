@@ -31,6 +31,8 @@ _EXPORTS = {
     "MlpShadow": "ibft_kernels",
     "linear_cross_entropy": "ibft_kernels",
     "philox_normal": "ibft_kernels",
+    "BatchContext": "ibft.context",
+    "fuse": "ibft.fused",
     "InformationBottleneck": "ibft.bottleneck",
     "IBObjective": "ibft.objective",
     "LossParts": "ibft.objective",
@@ -38,6 +40,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "BatchContext",
     "Dropout",
     "FoldedHead",
     "HiddenTap",
@@ -51,6 +54,7 @@ __all__ = [
     "__version__",
     "fold_head",
     "folded_cross_entropy",
+    "fuse",
     "ib_bottleneck",
     "ib_kl_loss",
     "ib_lora_backward",
@@ -68,6 +72,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ibft.bottleneck import InformationBottleneck
+    from ibft.context import BatchContext
+    from ibft.fused import fuse
     from ibft.objective import IBObjective, LossParts
     from ibft.tap import HiddenTap
     from ibft_kernels import (

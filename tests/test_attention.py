@@ -250,7 +250,7 @@ def test_autocast_changes_nothing():
     assert all(map(torch.equal, found, plain))
 
 
-@pytest.mark.parametrize("window", [17, 30, 500])
+@pytest.mark.parametrize("window", [17, 29, 30, 500])
 def test_a_window_that_binds_nothing_is_ignored(monkeypatch, window):
     seen = []
     monkeypatch.setitem(WAYS, "segments", lambda q, *rest: seen.append(rest[-1]) or q)

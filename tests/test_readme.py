@@ -12,12 +12,19 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code.count("\n") <= 35
+def test_the_python_examples_run(capsys):
+    """One after the other, as a reader would paste them."""
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(examples) == 2
     torch.manual_seed(0)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    for code in examples:
+        assert code.count("\n") <= 35
+        exec(compile(code, "README.md", "exec"), names)
+    assert capsys.readouterr().out == "[]\n"  # nothing was left alone
+    tuned = [p for p in names["tuned"].parameters() if p.requires_grad]
+    assert len(tuned) == 2 * 3 * 6
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tuned)
     assert torch.isfinite(names["parts"].loss)
     assert names["parts"].kl > 0
     assert names["z"].shape == (10, 16)
