@@ -50,6 +50,10 @@ Recompute = Literal["none", "mlp", "full"]
 GIB = 1 << 30
 CUDA_CONTEXT = int(0.6 * GIB)  # what driver, context and library workspaces take of a card before the first tensor
 IN_FLIGHT = 3  # offloaded block inputs on the device at a time: two on their way out (or back) and the one in use
+DATA_BYTES = 8 + 8 + 12 + 1 + 8  # of a token: ids, positions and targets, noise ids of 12, a mask
+# The CPU's attention scores so many elements a product, of so many queries a head (ibft/attention_cpu.py, whose import
+# takes torch's)
+SCORES_BUDGET, BLOCK_TOKENS = 2**18, 48
 # The CPU's attention pads segments of like length to the longest (ibft/attention_cpu.py): a tenth as a rule.
 CPU_SEGMENT_PADDING = 1.1
 
@@ -235,6 +239,16 @@ class Setup:
     def on_cpu(self) -> bool:
         return self.device == "cpu"
 
+    @property
+    def by_segments(self) -> bool:
+        """Whether training attends by segments: attention's own dropout is left to transformers."""
+        return self.config.data.packing and not self.shape.attention_drops
+
+    @property
+    def masked(self) -> bool:
+        """Whether rows share transformers' attention mask."""
+        return self.load.masked or (self.config.data.packing and not self.by_segments)
+
     def targets(self, *names: str) -> int:
         """How many of these linear layers have LoRA."""
         return sum(name in self.config.lora.target_modules for name in names)
@@ -347,8 +361,8 @@ def buffer_bytes(s: Setup) -> int:
 
 
 def data_bytes(s: Setup) -> int:
-    """A micro-batch on the device: ids, positions and targets of 8 bytes, noise ids of 12, masks."""
-    return s.load.tokens * (8 + 8 + 12 + 1 + 8) + 16 * s.load.labels
+    """A micro-batch on the device."""
+    return s.load.tokens * DATA_BYTES + 16 * s.load.labels
 
 
 def chunk_bytes(s: Setup, rows: int) -> tuple[int, int]:
@@ -401,18 +415,22 @@ def _attention_core(s: Setup) -> int:
     """Bytes a token of q, k, v, the output and the log-sum-exp, in the layout of the kernel that runs."""
     shape, e = s.shape, s.itemsize
     Q, K = shape.q_width, shape.kv_width
-    if s.on_cpu and s.config.data.packing:  # gathered in fp32, padded; backward makes the softmax again
+    if s.on_cpu and s.by_segments:  # gathered in fp32, padded; backward makes the softmax again
         return round(4 * CPU_SEGMENT_PADDING * (Q + 2 * K)) + (Q * e if s.targets("o_proj") else 0)
     # a GPU's flash attention takes K heads as they are, and so does a CPU; under a mask transformers repeats them, and
     # before Ampere (fp16) and in fp32 the efficient kernel wants them repeated
-    as_they_are = not s.load.masked and (s.on_cpu or (e == 2 and s.config.train.mixed_precision != "fp16"))
+    as_they_are = not s.masked and (s.on_cpu or (e == 2 and s.config.train.mixed_precision != "fp16"))
     keys = K if as_they_are else Q
     return (Q + 2 * keys + Q) * e + 4 * shape.heads
 
 
 def _saved_mask(s: Setup) -> int:
-    """Padded rows attend under a mask [B, T, T], which each block saves as an additive one."""
-    return s.load.rows * s.load.length**2 * s.itemsize if s.load.masked else 0
+    """Padded rows, and packed ones with dropout, attend under a mask [B, T, T], which each block saves as an additive
+    one. With dropout a CPU saves each head's probabilities instead, before and after it, and what it multiplied by."""
+    scores = s.load.rows * s.load.length**2 * s.itemsize
+    if s.on_cpu and s.shape.attention_drops:
+        return 3 * s.shape.heads * scores
+    return scores if s.masked else 0
 
 
 def latent_bytes(s: Setup, mode: Recompute) -> int:
@@ -449,7 +467,7 @@ def stem_bytes(s: Setup) -> int:
     attention's indices (there and back, 8 bytes)."""
     shape, e = s.shape, s.itemsize
     token = shape.hidden * e + 4 + 2 * shape.head_dim * e
-    if s.on_cpu and s.config.data.packing:
+    if s.on_cpu and s.by_segments:
         token += 2 * 8 * (shape.heads + shape.kv_heads)
     return s.load.tokens * token
 
@@ -508,12 +526,28 @@ def fold_bytes(s: Setup, *, gradient: bool = True) -> int:
 
 
 def evaluation_bytes(s: Setup) -> tuple[int, int]:
-    """(work, head) of an evaluation: the residual stream twice and the norm's output, gate, up and h."""
-    shape, e = s.shape, s.itemsize
-    N = s.load.eval_rows * s.load.length
-    dense = shape.hidden * shape.intermediate * e if s.on_cpu else 0
-    chunk, _ = chunk_bytes(s, N)
-    return N * (3 * shape.hidden + 3 * shape.intermediate) * e + dense, chunk
+    """(work, head) of an evaluation, which keeps nothing for a backward. Either
+
+    the MLP's down projection: the embeddings, the block's input, the stream after attention, its norm, the output and
+    the adapter's share of it [N, D]; gate, up and h [N, I]; x A^T of all three; or
+
+    attention: the first two and the first norm [N, D]; q before and after rotation, k, v, and the kernel's own copies.
+    """
+    shape, e, r, load = s.shape, s.itemsize, s.config.lora.r, s.load
+    D, F, Q, K, N = shape.hidden, shape.intermediate, shape.q_width, shape.kv_width, load.eval_rows * load.length
+    packed = s.on_cpu and s.config.data.packing
+    dense = D * F * e if s.on_cpu and s.config.model.quantization == "nf4" else 0
+    adapted = s.targets("gate_proj", "up_proj", "down_proj") * r
+    mlp = N * (6 * D + 3 * F + adapted) * e + dense
+    own = N * Q * e
+    if packed:  # q, k, v and the output gathered in fp32, and a block's scores
+        own = round(4 * CPU_SEGMENT_PADDING * N * (2 * Q + 2 * K))
+        own += 4 * max(SCORES_BUDGET, shape.heads * BLOCK_TOKENS * load.length)
+    attention = N * (3 * D + 2 * Q + 2 * K) * e + own
+    token = 2 * shape.head_dim * e + (16 * (shape.heads + shape.kv_heads) if packed else 0)  # as in `stem_bytes`
+    chunk, _ = chunk_bytes(s, math.ceil(N * load.labels / load.tokens))
+    mask = N * load.length if s.masked else 0
+    return max(mlp, attention) + N * (token + DATA_BYTES) + mask, chunk
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,13 @@ def load_model_config(config: ModelConfig, *, needs_weights: bool = True) -> Any
         SetupError: missing, gated or unreachable; a local folder without a model; sizes that no model has.
         ConfigError: not of the Llama family.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = resolve_path(config.name_or_path)
     _check_local_folder(path, needs_weights)
-    # a config class computes with whatever the file holds: no head to divide by, a name that torch lacks
-    with _hub_errors(path, ArithmeticError, AttributeError, TypeError):
+    # a config class checks its fields' types, and computes with what it is given: no head to divide by, for one
+    with _hub_errors(path, StrictDataclassError, ArithmeticError, AttributeError, TypeError):
         found = AutoConfig.from_pretrained(path, revision=config.revision)
     ModelShape.of(found)
     return found
@@ -186,15 +187,13 @@ def _check_local_folder(path: str, needs_weights: bool) -> None:
 @contextmanager
 def _hub_errors(path: str, *also: type[Exception]) -> Iterator[None]:
     """Turns what the hub, transformers and safetensors raise for a model that cannot be had into `SetupError`."""
-    from huggingface_hub import errors as hub
     from safetensors import SafetensorError
 
-    # StrictDataclassError: a field of another type than the config class says
     kinds: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, *also)
 
     try:
         yield
-    except (*kinds, hub.StrictDataclassError) as error:
+    except kinds as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise
         raise SetupError(f"model {path} {_why(path, error)}") from error

@@ -1,6 +1,7 @@
 """`ibft-fast estimate` as a user meets it: from config.json alone, one screen, and the exit codes of `train`."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -50,6 +51,10 @@ def test_a_7b_from_its_config_alone(model):
         "fits: 7.6 GiB of 8.0 GiB", "steps: unknown; some/rows is a hub data set", "recomputation 2",
     ):  # fmt: skip
         assert words in result.output, words
+    # what is done again, as a share of the rest
+    again = int(re.search(r"plan: .* \(\+(\d+)% arithmetic\)", result.output)[1])
+    share = int(re.search(r"recomputation (\d+)%", result.output)[1])
+    assert again == pytest.approx(100 * share / (100 - share), abs=1.5)
     # the lines add up to the total
     rows = [line.split("│") for line in result.output.splitlines() if line.startswith("│")]
     sizes = [float(row[2]) for row in rows if row[2].strip()]

@@ -1,6 +1,7 @@
 """The memory planner: its predictions against measured steps, its choices, and what it says of published models."""
 
 import gc
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from peak_memory import live_bytes, tensor_storages
 from tiny_models import random_samples, save_tiny_model, tiny_model_config, tiny_trainer
 
+from ibft import attention_cpu, footprint
 from ibft.errors import ConfigError
 from ibft.load_config import load_config
 from ibft.plan import CUDA_CONTEXT, GIB, Load, ModelShape, Plan, Setup, changed, choose_plan, estimate, flops
@@ -47,7 +49,7 @@ def only_new():
 class Measured:
     """A trainer, and the live bytes of its training step and of its forward, in one mode after the other."""
 
-    def __init__(self, folder, *overrides, packing, alpha, length=256, padding=0):
+    def __init__(self, folder, *overrides, packing, alpha, length=256, padding=0, accumulation=1):
         from accelerate.state import AcceleratorState
         from transformers import AutoConfig
 
@@ -57,13 +59,14 @@ class Measured:
         self.trainer = tiny_trainer(
             folder, random_samples(lengths), f"data.max_length={length}", f"data.packing={packing}",
             f"ib.alpha={alpha}", "ib.latent_dim=64", "lora.r=16", "lora.dropout=0.05",
-            "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=1", *overrides,
+            "train.per_device_train_batch_size=2", f"train.gradient_accumulation_steps={accumulation}", *overrides,
+            eval_data=random_samples(lengths * 2),
         )  # fmt: skip
         self.step = next(iter(self.trainer.batches(self.trainer.data, epoch=0)))
-        (batch,) = self.step
+        batch = max(self.step, key=lambda batch: batch.num_label_tokens)
         shape = ModelShape.of(AutoConfig.from_pretrained(folder))
         squares = sum(n * n for n in batch.segments.lengths) if packing else 2 * length**2
-        load = Load(2, batch.input_ids.shape[1], batch.num_label_tokens, 1, squares, masked=padding > 0)
+        load = Load(2, batch.input_ids.shape[1], batch.num_label_tokens, accumulation, squares, masked=padding > 0)
         itemsize = 2 if self.trainer.config.train.mixed_precision == "bf16" else 4
         self.setup = Setup.of(shape, self.trainer.config, "cpu", itemsize, load)
 
@@ -75,7 +78,7 @@ class Measured:
         held = sum(storage.nbytes() for storage in tensor_storages().values())
         peak, _ = live_bytes(lambda: trainer.train_step(self.step))
         outputs = []
-        (batch,) = self.step
+        batch = self.step[0]
         request = trainer.request(batch, batch.num_kl_tokens)
         context = trainer.context.batch(batch.noise_ids, batch.segments, request)
         with trainer.fused.held(), context, trainer.accelerator.autocast():
@@ -90,6 +93,22 @@ class Measured:
             assert predicted.total == pytest.approx(total, rel=tolerance), mode
             assert predicted.kept == pytest.approx(kept, rel=tolerance), mode
             gc.collect()
+
+    def evaluation(self, rows):
+        """(measured, predicted) bytes of an evaluation with so many rows a batch."""
+        trainer = self.trainer
+        trainer.train_step(self.step)
+        trainer.evaluate()
+        held = sum(storage.nbytes() for storage in tensor_storages().values())
+        peak, _ = live_bytes(trainer.evaluate)
+        batches = trainer.batches(trainer.eval_data, epoch=0, evaluation=True)
+        load, longest = self.setup.load, max(batch.input_ids.shape[1] for (batch,) in batches)
+        load = replace(load, length=longest, labels=round(load.labels * longest / load.length), eval_rows=rows)
+        setup = replace(self.setup, load=load)
+        predicted = estimate(setup, Plan(("full",) * setup.shape.layers))
+        assert predicted.moment == "evaluation"
+        print(f"evaluation: total {predicted.total / (held + peak):.3f} of what was measured")
+        return held + peak, predicted.total
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0])
@@ -124,6 +143,32 @@ def test_without_quantisation_with_8_bit_moments_and_fewer_adapters():
         str(BASE_DIR), "ib.layer=5", "model.quantization=none", "train.optim=adamw_8bit",
         "lora.target_modules=[q_proj,v_proj,down_proj]", "lora.dropout=0", packing=True, alpha=0.1,
     ).check(("none", "mlp"))  # fmt: skip
+
+
+@pytest.mark.usefixtures("only_new")
+def test_gradients_of_earlier_micro_batches_take_what_is_predicted(tmp_path):
+    """From the second micro-batch on every block's lie there: with r 128 a seventh of the step."""
+    folder = save_tiny_model(tmp_path, "qwen2", hidden=128, layers=4)
+    Measured(folder, "lora.r=128", packing=True, alpha=0.1, accumulation=4).check(("full",))
+
+
+@pytest.mark.usefixtures("only_new")
+def test_attention_dropout_takes_what_is_predicted(tmp_path):
+    """Packed rows then attend under transformers' mask, and a CPU keeps the probabilities."""
+    folder = save_tiny_model(tmp_path, "qwen2", hidden=128, layers=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    Measured(folder, packing=True, alpha=0.1).check(("none",))
+
+
+@pytest.mark.parametrize(("packing", "padding"), [(True, 0), (False, 40)])
+@pytest.mark.usefixtures("only_new")
+def test_an_evaluation_takes_what_is_predicted(tmp_path, packing, padding):
+    """Narrow and with a high rank, where adapters and attention count most."""
+    folder = save_tiny_model(tmp_path, "qwen2", hidden=128, layers=2)
+    overrides = ["ib.layer=1", "lora.r=64", "train.per_device_eval_batch_size=8"]
+    measured, predicted = Measured(folder, *overrides, packing=packing, padding=padding, alpha=0.1).evaluation(8)
+    assert predicted == pytest.approx(measured, rel=0.1)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -169,6 +214,65 @@ def test_bytes_of_a_7b_by_hand():
     # the inputs of 30 blocks and of the final norm, and rotation's tables
     inputs = 31 * 2048 * 4096 * 2 + 2048 * 2 * 128 * 2
     assert lines["kept activations"] == pytest.approx(inputs, rel=1e-3)
+
+
+def test_what_a_gpu_holds_by_hand():
+    """The terms that no step on a CPU has, or that others hide; one row of 2,048 tokens of a 7B in 16 bits."""
+    stream = 2048 * 4096 * 2
+    setup = setup_of("deepseek-coder-7b", "ib.alpha=0", "train.gradient_accumulation_steps=1", "data.val_size=0")
+    assert int(0.6 * GIB) == CUDA_CONTEXT  # as the README says
+    assert footprint.buffer_bytes(setup) == 11008 * 4096 * 2
+    everything = Plan(("full",) * 30)
+    dense = replace(setup, config=setup_of("deepseek-coder-7b", "ib.alpha=0", "model.quantization=none").config)
+    working = [estimate(s, everything).lines["working memory"] for s in (setup, dense)]
+    assert working[0] - working[1] == 11008 * 4096 * 2
+
+    # attention's backward, where the MLP is narrow: dO, dQ, dK, dV; dQ's sum in fp32; the stream's gradient; less the
+    # MLP's norm, x A^T, gate and up, which are free by then
+    narrow = replace(setup, shape=replace(setup.shape, intermediate=64))
+    freed = 2 * 4096 + 3 * 32 * 2 + 2 * 64 * 2
+    assert footprint.work_bytes(narrow) == 2048 * (4 * 4096 * 2 + 4 * 4096 + 2 * 4096 - freed)
+
+    offloaded = replace(everything, activation_offloading=True)
+    assert footprint.kept_bytes(setup, offloaded) == [stream] * 3 + [0] * 27
+    assert estimate(setup, everything).host == 0
+    assert estimate(setup, offloaded).host == 30 * stream
+    table = 102_400 * 4096 * 2
+    last = replace(offloaded, offload_embeddings=True)
+    assert estimate(setup, last).host == 30 * stream + table
+    lines = [estimate(setup, plan).lines["base weights"] for plan in (offloaded, last)]
+    assert lines[0] - lines[1] == table
+
+    adapters = 4 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    accumulated = setup_of("deepseek-coder-7b", "ib.alpha=0", "data.val_size=0")  # 4 micro-batches
+    assert "layer 30" in estimate(setup, everything).moment
+    assert estimate(setup, everything).lines["gradients"] == adapters
+    assert estimate(accumulated, everything).lines["gradients"] == 30 * adapters
+
+
+def test_an_mlp_encoder_and_an_evaluation_by_hand():
+    linear, mlp = (setup_of("deepseek-coder-7b", f"ib.encoder={encoder}") for encoder in ("linear", "mlp"))
+    for mode in ("none", "full"):  # its hidden layer, 2 Z = 512 wide, before and after GELU
+        assert footprint.latent_bytes(mlp, mode) - footprint.latent_bytes(linear, mode) == 2048 * 2 * 512 * 2
+    wide = setup_of("deepseek-coder-7b", "train.per_device_eval_batch_size=64", "data.val_size=0.1")
+    found = estimate(wide, Plan(("full",) * 30))
+    assert found.moment == "evaluation"
+    a_token = (6 * 4096 + 3 * 11008 + 3 * 32 + 2 * 128) * 2 + 37  # 37: ids, positions, targets, noise ids, a mask
+    assert found.lines["working memory"] == 64 * 2048 * a_token + 11008 * 4096 * 2
+    drops = replace(linear, shape=replace(linear.shape, attention_drops=True))
+    masks = [footprint.block_bytes(s).attention for s in (drops, linear)]
+    assert masks[0] - masks[1] == 2048**2 * 2
+    for name in ("SCORES_BUDGET", "BLOCK_TOKENS"):
+        assert getattr(footprint, name) == getattr(attention_cpu, name)
+
+
+def test_a_change_changes_what_a_step_is_given():
+    setup = setup_of("deepseek-coder-7b", "train.per_device_train_batch_size=4")
+    setup = replace(setup, load=replace(setup.load, labels=6000, squares=8_000_000))
+    other = changed(setup, ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=8"])
+    assert other.load == replace(setup.load, rows=2, accumulation=8, labels=3000, squares=4_000_000)
+    other = changed(setup, ["data.max_length=512", "train.per_device_eval_batch_size=1"])
+    assert other.load == replace(setup.load, length=512, labels=1500, squares=2_000_000, eval_rows=1)
 
 
 @pytest.mark.parametrize("mode", ["none", "mlp", "full"])
@@ -338,6 +442,15 @@ def test_a_container_limits_what_is_free(tmp_path):
     assert _container_room(tmp_path / "absent") is None
     free = free_memory(torch.device("cpu"))
     assert free is None or 0 < free < 1 << 50
+
+
+def test_what_a_gpu_has_free(monkeypatch):
+    """What the driver says, and what this process has reserved and not used."""
+    from ibft.memory import free_memory
+
+    for name, value in (("mem_get_info", (1000, 5000)), ("memory_reserved", 300), ("memory_allocated", 120)):
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 1180
 
 
 def test_the_budget_of_a_run():
