@@ -13,7 +13,9 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: train test soak tune bench bench-gpu profile gpu-test lint format venv clean
+PARTS ?= ops heads step sweeps ladder
+
+.PHONY: train test soak tune bench bench-gpu profile plots gpu-test lint format venv clean
 
 train: $(READY)
 	$(PY) -m ibft.cli train $(ARGS)
@@ -33,11 +35,20 @@ gpu-test: $(READY)
 bench: $(READY)
 	$(PY) -m pytest benchmarks $(ARGS)
 
+# Each part takes under 8 minutes; what has rows of this commit is left out, so run it again where a part was not done.
+#   make bench-gpu PARTS=ladder ARGS="--shape llama3-8b"
 bench-gpu: $(READY)
-	$(PY) -m pytest benchmarks -m gpu $(ARGS)
+	@status=0; for part in $(PARTS); do \
+	  $(PY) -m pytest benchmarks -m gpu --part $$part --resume --budget 420 $(ARGS) || status=$$?; \
+	done; exit $$status
 
 profile: $(READY)
-	$(PY) benchmarks/profile_step.py $(ARGS)
+	$(PY) -m benchmarks.steps.profile_step $(ARGS)
+
+# From the committed rows: benchmarks/results/<device>/plots/*.svg and the tables of README.md.
+plots: $(READY)
+	$(PY) -m benchmarks.report.plots
+	$(PY) -m benchmarks.report.tables
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peak_memory import live_bytes, tensor_storages
 from tiny_models import random_samples, save_tiny_model, tiny_model_config, tiny_trainer
 
+from benchmarks.harness.peak_memory import live_bytes, tensor_storages
 from ibft import attention_cpu, footprint
 from ibft.errors import ConfigError
 from ibft.load_config import load_config

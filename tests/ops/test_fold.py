@@ -5,8 +5,8 @@ import torch
 from checks import check
 from hypothesis import given
 from hypothesis import strategies as st
-from peak_memory import live_bytes
 
+from benchmarks.harness.peak_memory import live_bytes
 from ibft_kernels import FoldedHead, fold_head, fold_pays, folded_cross_entropy, linear_cross_entropy, reference
 
 NAMES = ("z", "up_weight", "up_bias", "head_weight", "head_bias")

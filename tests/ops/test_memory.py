@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from peak_memory import peak_mib
 
+from benchmarks.harness.peak_memory import peak_mib
 from ibft_kernels import FoldedHead, Linear, ib_objective, reference
 
 N, D, Z, CHUNK_MIB = 2048, 32, 8, 4

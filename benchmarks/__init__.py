@@ -1,0 +1,1 @@
+"""Speed and memory, ours against every peer: `pytest benchmarks/`."""

@@ -1,0 +1,1 @@
+"""How a comparison is measured: the gate, turns, peaks, rows."""

@@ -1,0 +1,1 @@
+"""What the rows are turned into: targets, tables, figures. Imports no torch."""

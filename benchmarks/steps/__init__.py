@@ -1,0 +1,1 @@
+"""Whole training steps: trainers, the baseline, sweeps, the ladder."""

@@ -1,0 +1,391 @@
+"""The benchmarks' own machinery: what is wrong is not timed, what does not fit is a row, ratios are paired by round."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness import comparison, result_rows
+from benchmarks.harness.comparison import Comparison, rotations
+from benchmarks.harness.peak_memory import peaks_mib
+from benchmarks.harness.providers import Provider, compiled, cut_cross_entropy, liger, unsloth
+from benchmarks.harness.session import NotMeasured, Session
+from benchmarks.harness.timing import rounds_for, take_turns, times_as_long
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+
+
+def square(t):
+    return (t["x"] * t["x"],)
+
+
+def a_comparison(providers, **changes):
+    def inputs(device):
+        return {"x": torch.randn(64, 8, device=device).requires_grad_()}
+
+    settings = {"dtype": torch.float32, "inputs": inputs, "seconds": 0.01} | changes
+    return Comparison("square", "square", {"N": 64, "D": 8}, providers=providers, **settings)
+
+
+class Counted:
+    """A provider's run that counts its calls."""
+
+    def __init__(self, run):
+        self.run, self.calls = run, 0
+
+    def __call__(self, t):
+        self.calls += 1
+        return self.run(t)
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        return 2.0001 * x * dy
+
+
+WRONG = {
+    "a value": lambda t: (t["x"] * t["x"] + 1e-3,),
+    "a gradient": lambda t: (WrongGradient.apply(t["x"]),),
+    "nan": lambda t: (t["x"] * t["x"] * float("nan"),),
+    "a missing output": lambda t: (),
+    "a shape": lambda t: (torch.cat([t["x"], t["x"]]).square(),),
+}
+
+
+@pytest.mark.parametrize(("wrong", "mode"), [*((wrong, "full") for wrong in WRONG), ("a gradient", "backward")])
+def test_what_is_wrong_is_never_timed(wrong, mode):
+    bad = Counted(WRONG[wrong])
+    found = a_comparison({"ours": Provider(bad), "eager": Provider(square)}, mode=mode).measure(["ours", "eager"], CPU)
+    assert (found["ours"].result, found["ours"].times_ms, found["ours"].peaks) == ("incorrect", [], None)
+    assert found["ours"].note
+    assert bad.calls == 1  # the gate's
+    assert found["eager"].result == "ok"
+    assert found["eager"].ours_speedup is None  # nothing to be compared with
+
+
+def test_low_precision_is_held_to_the_fp32_truth():
+    """As good as the reference in that precision, with a small allowance: not as good as fp32, and not anything."""
+
+    def rounded(decimals):
+        return Provider(lambda t: ((t["x"] * t["x"] * (1 + decimals)).to(torch.bfloat16),))
+
+    providers = {"eager": Provider(square), "ours": rounded(2e-3), "far": rounded(2e-2)}
+
+    def inputs(_):
+        return {"x": torch.randn(64, 8).to(torch.bfloat16)}
+
+    found = a_comparison(providers, dtype=torch.bfloat16, inputs=inputs).measure([*providers], CPU)
+    assert {name: one.result for name, one in found.items()} == {"eager": "ok", "ours": "ok", "far": "incorrect"}
+
+
+def test_out_of_memory_and_failure_are_rows_and_ours_may_not_fail():
+    def no_memory(_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: ...")
+
+    def broken(_):
+        raise TypeError("unexpected keyword\nand a second line")
+
+    providers = {
+        "eager": Provider(square), "ours": Provider(no_memory), "gone": Provider(broken), "ok": Provider(square),
+    }  # fmt: skip
+    found = a_comparison(providers).measure([*providers], CPU)
+    assert {name: one.result for name, one in found.items()} == {
+        "eager": "ok", "ours": "out of memory", "gone": "failed", "ok": "ok",
+    }  # fmt: skip
+    assert found["gone"].note == "TypeError: unexpected keyword"
+    with pytest.raises(TypeError):
+        a_comparison(providers | {"ours": Provider(broken)}).measure(["ours"], CPU)
+    unchecked = a_comparison(providers | {"eager": Provider(no_memory)}).measure(["ok"], CPU)
+    assert (unchecked["ok"].result, unchecked["ok"].times_ms) == ("reference out of memory", [])
+
+
+def test_running_out_of_memory_between_rounds_is_a_row_too():
+    def once(t):
+        once.calls += 1
+        if once.calls > 8:
+            raise torch.OutOfMemoryError
+        return square(t)
+
+    once.calls = 0
+    found = a_comparison({"ours": Provider(square), "eager": Provider(square), "late": Provider(once)}).measure(
+        ["ours", "late"], CPU
+    )
+    assert (found["late"].result, found["late"].times_ms) == ("out of memory", [])
+    assert found["ours"].result == "ok"
+    assert len(found["ours"].times_ms) >= 7
+
+
+def test_an_honest_row():
+    """Times, the ratio to ours, peaks, and rates against ceilings that were measured."""
+    N, D = 2048, 512
+
+    def inputs(device):
+        return {"x": torch.randn(N, D, device=device).requires_grad_()}
+
+    def wasteful(t):
+        return (sum(t["x"] * t["x"] for _ in range(6)) / 6,)
+
+    made = a_comparison(
+        {"ours": Provider(square), "eager": Provider(wasteful)}, inputs=inputs, bytes=3 * 4 * N * D, flop=1e6
+    )
+    found = made.measure(["ours", "eager"], CPU)
+    row = made.row("eager") | found["eager"].columns() | made.rates(found["eager"], CPU)
+    assert (row["op"], row["provider"], row["mode"], row["N"], row["dtype"]) == (
+        "square",
+        "eager",
+        "full",
+        64,
+        "float32",
+    )
+    assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+    assert int(row["rounds"]) == len(found["eager"].times_ms) >= 7
+    assert float(row["ours_speedup"]) > 1.5
+    assert float(row["peak_mib"]) > found["ours"].peaks[0] >= 2 * 4 * N * D / 2**20  # the output and a gradient
+    seconds = float(row["p50_ms"]) / 1e3
+    assert float(row["gb_per_s"]) == pytest.approx(3 * 4 * N * D / seconds / 1e9, rel=0.01)
+    floor = 3 * 4 * N * D / float(row["ceiling_gb_per_s"]) / 1e9
+    assert float(row["ceiling_share"]) == pytest.approx(floor / seconds, abs=6e-4)
+    assert 0 < float(row["ceiling_share"]) < 1
+    assert set(row) <= set(result_rows.OP_COLUMNS)
+
+
+def test_one_run_may_be_several_of_the_things_a_row_is_about():
+    def eight(t):
+        for _ in range(8):
+            x = t["x"].detach() @ t["x"].detach().T
+        return (x,)
+
+    def inputs(_):
+        return {"x": torch.randn(512, 512)}
+
+    providers = {"ours": Provider(eight), "shared": Provider(eight, calls=8)}
+    found = a_comparison(providers, inputs=inputs, reference="ours", seconds=0.2).measure([*providers], CPU)
+    assert found["shared"].ours_speedup == pytest.approx(1 / 8, rel=0.4)
+
+
+def test_what_a_run_writes_over_is_fresh_each_time():
+    def in_place(t):
+        return (t["x"].mul_(2.0),)
+
+    def inputs(_):
+        return {"x": torch.ones(8)}
+
+    providers = {"ours": Provider(in_place), "eager": Provider(lambda t: (t["x"] * 2.0,))}
+    made = a_comparison(providers, inputs=inputs, whole=True, consumes=("x",))
+    assert made.measure([*providers], CPU)["ours"].result == "ok"
+
+
+def test_backward_alone_is_timed_without_its_forward(monkeypatch):
+    """The forward is done before the clock starts: counted by which of the two ran inside it."""
+    inside: list[str] = []
+    original = comparison.timed_ms
+
+    def watch(calls, device):
+        inside.clear()
+        return original(calls, device)
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            inside.append("forward")
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            inside.append("backward")
+            return 2 * ctx.saved_tensors[0] * dy
+
+    monkeypatch.setattr(comparison, "timed_ms", watch)
+    providers = {"ours": Provider(lambda t: (Marked.apply(t["x"]),)), "eager": Provider(square)}
+    for mode, seen in {"forward": {"forward"}, "backward": {"backward"}, "full": {"forward", "backward"}}.items():
+        made = a_comparison(providers, mode=mode, reference="eager")
+        assert made.measure(["ours"], CPU)["ours"].result == "ok"
+        assert set(inside) == seen
+
+
+def test_inputs_rotate_until_they_exceed_a_cache():
+    assert rotations({"x": torch.empty(16 << 18)}, CPU) == 4  # 16 MiB each, 64 in all
+    assert rotations({"x": torch.empty(1 << 26)}, CPU) == 1
+    assert rotations({"x": torch.empty(4)}, CPU) == 8  # at the most
+
+
+def test_turns_are_drawn_and_ratios_paired_by_round():
+    order: list[str] = []
+
+    def run(name):
+        return lambda i: order.append(name) or float(i + 1) * (2 if name == "b" else 1)
+
+    times = take_turns({name: run(name) for name in "abc"}, 40)
+    assert times["a"] == [float(i + 1) for i in range(40)]
+    assert times_as_long(times["b"], times["a"]) == 2.0
+    first = {order[3 * i] for i in range(40)}
+    assert first == {"a", "b", "c"}
+    assert all(len(set(order[3 * i : 3 * i + 3])) == 3 for i in range(40))
+    assert (rounds_for(1000, 2), rounds_for(0.001, 2), rounds_for(100, 2)) == (7, 60, 20)
+
+
+def test_peaks_are_of_the_call_alone():
+    def prepare():
+        held = torch.ones(1 << 20)  # before the call: 4 MiB that do not count
+        return lambda: held + torch.ones(1 << 21).sum()
+
+    allocated, resident = peaks_mib(prepare, CPU)
+    assert 8 <= allocated < 14
+    assert resident < 40
+
+
+def test_a_provider_says_why_it_cannot_run(monkeypatch):
+    for peer in (liger(square), cut_cross_entropy(square), unsloth(square)):
+        assert "GPU kernels only" in peer.obstacle(CPU)
+    assert Provider(square, package="no-such-thing", module="no_such_thing").obstacle(CPU) == (
+        "no-such-thing is not installed"
+    )
+    assert Provider(square).obstacle(CPU) is None
+    monkeypatch.setenv("PATH", "")
+    assert "C++ compiler" in compiled(Provider(square)).obstacle(CPU)
+    assert "GPU kernels only" in liger(square).obstacle(CPU)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+COLUMNS = ("op", "N", "result", "p50_ms", "commit")
+
+
+def test_rows_keep_the_last_two_of_a_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_rows, "RESULTS", tmp_path)
+    for n, ms in [(1, 5), (1, 6), (2, 9), (1, 7)]:
+        path = result_rows.append("dev", "bench", COLUMNS, [{"op": "a", "N": n, "result": "ok", "p50_ms": ms}])
+    rows = result_rows.read(path)
+    assert [(row["N"], row["p50_ms"]) for row in rows] == [("1", "6"), ("2", "9"), ("1", "7")]
+    assert [(row["N"], row["p50_ms"]) for row in result_rows.latest(rows)] == [("1", "7"), ("2", "9")]
+    with pytest.raises(ValueError, match=r"bench: got columns M, expected op, N, result"):
+        result_rows.append("dev", "bench", COLUMNS, [{"op": "a", "M": 1}])
+    assert result_rows.read(path) == rows
+    result_rows.append("dev", "bench", (*COLUMNS, "time"), [{"op": "b"}])
+    assert [row["op"] for row in result_rows.read(path)] == ["b"]  # other columns: other code
+
+
+def test_the_commit_is_that_of_the_measured_code():
+    assert result_rows.percentiles([]) == {}
+    assert result_rows.percentiles([4.0, 1.0, 2.0, 3.0])["p50_ms"] == "2.5"
+    found = result_rows.commit()
+    assert found
+    assert "\n" not in found
+
+
+def test_without_git_the_commit_is_a_hash_of_the_code(tmp_path, monkeypatch):
+    (tmp_path / "ibft").mkdir()
+    source = tmp_path / "ibft" / "a.py"
+    source.write_text("x = 1")
+    monkeypatch.setattr(result_rows, "ROOT", tmp_path)
+    monkeypatch.setattr(result_rows, "_git", lambda *_: "")
+    before = result_rows.commit()
+    assert before.startswith("src-")
+    assert result_rows.commit() == before
+    source.write_text("x = 2")
+    assert result_rows.commit() != before
+
+
+# --- through pytest -------------------------------------------------------------------------------
+
+WRONG_KERNEL = """
+import pytest, torch
+from benchmarks.harness.comparison import Comparison, each
+from benchmarks.harness.providers import Provider
+PROVIDERS = {
+    "ours": Provider(lambda t: (t["x"] * 1.01,)), "eager": Provider(lambda t: (t["x"] * 1.0,)),
+    "peer": Provider(lambda t: (t["x"] * 2.0,)),
+    "liger": Provider(lambda t: (t["x"],), package="liger-kernel", gpu_only=True),
+}
+def made(case):
+    return Comparison("wrong", "scale", {"N": case}, torch.float32, lambda d: {"x": torch.ones(case)}, PROVIDERS)
+@pytest.mark.part("ops")
+@each({"cpu": [3]}, PROVIDERS)
+def test_scale(compare, device, provider, case):
+    compare(made(case), provider)
+@pytest.mark.part("heads")
+@each({"cuda": [4]}, PROVIDERS)
+def test_other(compare, device, provider, case):
+    compare(made(case), provider)
+"""
+
+
+def run_pytest(folder, *options):
+    (folder / "test_wrong.py").write_text(WRONG_KERNEL)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a CUDA device\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "-rs", "-v", *options, "test_wrong.py"],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "IBFT_RESULTS": str(folder / "results")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    rows = [row for path in folder.glob("results/*/wrong.csv") for row in result_rows.read(path)]
+    return done, {row["provider"]: row for row in rows}
+
+
+def test_an_injected_wrong_kernel_fails_the_benchmark_and_its_row_says_so(tmp_path):
+    done, rows = run_pytest(tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert (rows["ours"]["result"], rows["ours"]["p50_ms"], rows["ours"]["peak_mib"]) == ("incorrect", "", "")
+    assert rows["peer"]["result"] == "incorrect"
+    assert rows["eager"]["result"] == "ok"
+    assert float(rows["eager"]["p50_ms"]) > 0
+    assert rows["eager"]["versions"].startswith("torch=")
+    assert "liger" not in rows
+    outcomes = {line.split("::")[1].split(" ")[0]: line for line in done.stdout.splitlines() if "::" in line}
+    assert "FAILED" in outcomes["test_scale[cpu-3-ours]"]
+    assert "PASSED" in outcomes["test_scale[cpu-3-eager]"]
+    assert "SKIPPED" in outcomes["test_scale[cpu-3-peer]"]
+    assert "incorrect: output or gradient 0 is off by" in done.stdout
+    assert "liger-kernel has GPU kernels only" in done.stdout
+    assert "torch finds no CUDA device" in done.stdout or torch.cuda.is_available()
+
+
+def test_a_part_is_chosen_by_name(tmp_path):
+    done, rows = run_pytest(tmp_path, "--part", "heads")
+    assert done.returncode == 0
+    assert rows == {}
+    assert "4 skipped" in done.stdout
+    assert "4 deselected" in done.stdout
+
+
+def test_what_was_measured_is_left_out_and_the_budget_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_rows, "RESULTS", tmp_path)
+
+    def session(commit, **options):
+        made = Session(rounds=3, **options)
+        made.commit = commit
+        return made
+
+    run = Counted(square)
+    made = a_comparison({"ours": Provider(run), "eager": Provider(square)})
+    first = session("abc")
+    assert first.found(made, CPU)["ours"].result == "ok"
+    assert first.found(made, CPU) is first.found(made, CPU)  # once a run
+    calls = run.calls
+    with pytest.raises(NotMeasured, match="measured at abc already"):
+        session("abc", resume=True).found(made, CPU)
+    assert run.calls == calls
+    session("abc").found(made, CPU)  # --resume was not asked for
+    session("abd", resume=True).found(made, CPU)  # another commit
+    assert run.calls == 3 * calls
+    for _ in range(2):
+        session("abd-dirty", resume=True).found(made, CPU)  # not known to be the same code
+    assert run.calls == 5 * calls
+    late = session("abe", budget=0.0)
+    for _ in range(2):
+        with pytest.raises(NotMeasured, match="run the same again to go on"):
+            late.found(made, CPU)
+    assert len(late.left) == 1
+    assert run.calls == 5 * calls
