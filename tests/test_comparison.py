@@ -112,7 +112,7 @@ def test_out_of_memory_and_failure_are_rows_and_ours_may_not_fail():
 def test_running_out_of_memory_between_rounds_is_a_row_too():
     def once(t):
         once.calls += 1
-        if once.calls > 8:
+        if once.calls > 6:
             raise torch.OutOfMemoryError
         return square(t)
 
@@ -122,7 +122,7 @@ def test_running_out_of_memory_between_rounds_is_a_row_too():
     )
     assert (found["late"].result, found["late"].times_ms) == ("out of memory", [])
     assert found["ours"].result == "ok"
-    assert len(found["ours"].times_ms) >= 7
+    assert len(found["ours"].times_ms) >= 5
 
 
 def test_an_honest_row():
@@ -148,7 +148,7 @@ def test_an_honest_row():
         "float32",
     )
     assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
-    assert int(row["rounds"]) == len(found["eager"].times_ms) >= 7
+    assert int(row["rounds"]) == len(found["eager"].times_ms) >= 5
     assert float(row["ours_speedup"]) > 1.5
     assert float(row["peak_mib"]) > found["ours"].peaks[0] >= 2 * 4 * N * D / 2**20  # the output and a gradient
     seconds = float(row["p50_ms"]) / 1e3
@@ -232,7 +232,7 @@ def test_turns_are_drawn_and_ratios_paired_by_round():
     first = {order[3 * i] for i in range(40)}
     assert first == {"a", "b", "c"}
     assert all(len(set(order[3 * i : 3 * i + 3])) == 3 for i in range(40))
-    assert (rounds_for(1000, 2), rounds_for(0.001, 2), rounds_for(100, 2)) == (7, 60, 20)
+    assert (rounds_for(1000, 2), rounds_for(0.001, 2), rounds_for(100, 2)) == (5, 60, 20)
 
 
 def test_peaks_are_of_the_call_alone():

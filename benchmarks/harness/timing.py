@@ -55,7 +55,7 @@ def take_turns(run: Mapping[str, Callable[[int], float | None]], rounds: int) ->
     return times
 
 
-def rounds_for(round_ms: float, seconds: float, *, least: int = 7, most: int = 60) -> int:
+def rounds_for(round_ms: float, seconds: float, *, least: int = 5, most: int = 60) -> int:
     """How many rounds of that length the time allows, within bounds."""
     return max(least, min(most, int(1e3 * seconds / max(round_ms, 1e-3))))
 

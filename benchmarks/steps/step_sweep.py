@@ -24,8 +24,8 @@ GATE = {"cpu": 64, "cuda": 256}
 # beside the base point
 CASES = {
     "cpu": [
-        ("T", 256), ("T", 512), ("B", 2), ("B", 4), ("L", 2), ("L", 8), ("V", 102400), ("V", 151936),
-        ("labelled", 0.1), ("labelled", 1.0),
+        ("T", 256), ("T", 512), ("B", 4), ("L", 8), ("V", 102400), ("V", 151936), ("labelled", 0.1),
+        ("labelled", 1.0),
     ],
     "cuda": [
         ("T", 512), ("T", 1024), ("T", 4096), ("T", 8192), ("B", 2), ("B", 4), ("L", 2), ("L", 8), ("V", 32000),
@@ -57,4 +57,4 @@ def comparison(kind: str, *change: object) -> StepComparison:
     providers = step_providers(base, config, *rows(point["T"]), *rows(GATE[kind]))
     sides = SIDES[:2] if change else SIDES
     dtype = dtype_of(torch.device(kind))
-    return StepComparison("step_sweep", base, dtype, {side: providers[side] for side in sides}, rounds=7)
+    return StepComparison("step_sweep", base, dtype, {side: providers[side] for side in sides}, rounds=6)
