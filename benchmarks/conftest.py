@@ -9,6 +9,8 @@ where its provider is ours and wrong. Rows go to benchmarks/results/<device>/, o
     pytest benchmarks -m gpu --part ops --resume --budget 450
 """
 
+import gc
+
 import pytest
 import torch
 
@@ -58,6 +60,10 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"rows: {path}")
     if session.left:
         terminalreporter.write_line(f"{len(session.left)} comparisons left: the time was up; run the same again")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays; peaks collect garbage twice a provider, each time over all of it
 
 
 @pytest.fixture

@@ -276,7 +276,7 @@ def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
 def rotations(tensors: Tensors, device: torch.device) -> int:
     """How many sets of inputs it takes that a call does not find its own in a cache."""
     held = sum(x.nbytes for x in tensors.values() if isinstance(x, torch.Tensor))
-    return max(1, min(8, math.ceil((256 if device.type == "cuda" else 64) * MIB / max(held, 1))))
+    return max(1, min(4, math.ceil((256 if device.type == "cuda" else 64) * MIB / max(held, 1))))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -511,7 +511,7 @@ def main() -> None:
                 print(path)
             else:
                 path.unlink(missing_ok=True)
-                print(f"no rows: {path} is not drawn")
+                print(f"too few rows: {path} is not drawn")
 
 
 if __name__ == "__main__":

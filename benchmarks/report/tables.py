@@ -191,11 +191,14 @@ def objective(folder: str) -> str | None:
         less = times(theirs / mine) if theirs is not None and mine else ""
         lines.append([
             NAMES.get(row["provider"], row["provider"]), cell(row, "p50_ms"), cell(row, "ours_speedup", times),
-            cell(row, "peak_mib"), less,
+            cell(row, "peak_mib"), less, cell(row, "ceiling_share", percent),
         ])  # fmt: skip
     return "\n\n".join([
         f"{case_of(ours)}, {ours['dtype']}; {source(folder, 'objective', rows)}:",
-        table(["", "ms", "time against ours", "peak MiB above the inputs", "memory against ours"], lines),
+        table(
+            ["", "ms", "time against ours", "peak MiB above the inputs", "memory against ours", "share of the ceiling"],
+            lines,
+        ),
     ])  # fmt: skip
 
 
@@ -213,18 +216,21 @@ def steps(bench: str) -> Callable[[str], str | None]:
         if "layout" in shown and all(len({row["T"] for row in group}) == 1 for group in by(rows, "model", "layout")):
             shown = [name for name in shown if name != "T"]  # the layout tells it
         titles = {"T": "longest row", "card_gib": "card, GiB"}
+        padded = any(number(row, "padding") for row in rows)
         lines = []
         for row in rows:
             name = NAMES.get(row["provider"], row["provider"])
+            padding = [cell(row, "padding", percent)] if padded else []
             with_it = "with" if positive(row["alpha"]) else "without"
             faster = against_ours(row, rows)
             lines.append([
-                name, *(row[column] or "whole" for column in shown), with_it, cell(row, "tokens_per_s"),
+                name, *(row[column] or "whole" for column in shown), *padding, with_it, cell(row, "tokens_per_s"),
                 times(faster) if faster is not None else "", cell(row, "peak_mib"),
             ])  # fmt: skip
         head = [
             "",
             *(titles.get(name, name) for name in shown),
+            *(["padding"] if padded else []),
             "bottleneck",
             "tokens/s",
             "time against ours",

@@ -45,4 +45,4 @@ def comparison(device, shape: str) -> StepComparison:
     providers = {side: sides[side] for side in SIDES[:2]}
     providers["hf, padded to longest"] = replace(sides["hf"], rows=longest)
     providers["released"] = replace(sides["hf"], name="released", rows=released, rounds=3)
-    return StepComparison("real_data", base, dtype_of(device), providers, rounds=STEPS)
+    return StepComparison("real_data", base, dtype_of(device), providers, rounds=5)

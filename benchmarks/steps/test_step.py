@@ -37,7 +37,7 @@ def comparison() -> StepComparison:
     hf = providers["hf"]
     providers["hf, padded to longest"] = replace(hf, rows=longest)
     providers["released"] = replace(hf, name="released", rows=released, rounds=3)
-    return StepComparison("step", BUNDLED, torch.float32, providers, rounds=10)
+    return StepComparison("step", BUNDLED, torch.float32, providers, rounds=8)
 
 
 @each({"cpu": ["bundled"]}, dict.fromkeys(PROVIDERS))
