@@ -9,7 +9,9 @@ where its provider is ours and wrong. Rows go to benchmarks/results/<device>/, o
     pytest benchmarks -m gpu --part ops --resume --budget 450
 """
 
+import argparse
 import gc
+import os
 
 import pytest
 import torch
@@ -20,13 +22,21 @@ from benchmarks.harness.session import NotMeasured, Session
 PARTS = ("ops", "heads", "step", "sweeps", "ladder")
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
 def pytest_addoption(parser):
     from benchmarks.steps.random_base import SHAPES
 
     group = parser.getgroup("ibft-fast benchmarks")
     group.addoption("--part", choices=PARTS, help="only the comparisons of one part")
     group.addoption("--shape", choices=SHAPES, default="deepseek-coder-7b", help="model of the step on a GPU")
-    group.addoption("--rounds", type=int, help="timed rounds of each provider (default: by the time a round takes)")
+    group.addoption(
+        "--rounds", type=count, help="timed rounds of each provider; a trial: leaves no rows unless IBFT_RESULTS is set"
+    )
     group.addoption("--resume", action="store_true", help="leave out what was measured at this commit already")
     group.addoption("--budget", type=float, metavar="S", help="begin no comparison after so many seconds")
 
@@ -38,6 +48,7 @@ def pytest_configure(config):
         resume=config.getoption("--resume"),
         budget=config.getoption("--budget"),
         rounds=config.getoption("--rounds"),
+        keep="IBFT_RESULTS" in os.environ,
     )
     if config.option.benchmark_columns is None:
         config.option.benchmark_columns = ["median", "min", "max", "rounds"]

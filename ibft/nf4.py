@@ -33,6 +33,11 @@ def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     return _kept[key]
 
 
+def release_dense_buffers() -> None:
+    """Give the kept buffers back: a measurement's business, since the next use makes them again."""
+    _kept.clear()
+
+
 class _FrozenLinear(torch.autograd.Function):
     """Saves neither x (the weight is frozen) nor the dequantised weight (made again in backward: 16 bits against 4)."""
 

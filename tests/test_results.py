@@ -491,7 +491,7 @@ def test_without_rows_nothing_is_drawn_and_a_line_says_so(results, tmp_path, mon
     monkeypatch.setattr(sys, "argv", ["plots.py", "--out", str(tmp_path / "out")])
     plots.main()
     path = tmp_path / "out" / CPU / "ladder.svg"
-    assert capsys.readouterr().out == f"no rows: {path} is not drawn\n"
+    assert capsys.readouterr().out == f"too few rows: {path} is not drawn\n"
     assert not path.exists()
     monkeypatch.setattr(sys, "argv", ["plots.py", "--check", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:

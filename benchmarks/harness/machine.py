@@ -1,4 +1,4 @@
-"""What the rows say about the machine: its name, versions, and the two rates that nothing on it exceeds."""
+"""What the rows say about the machine: its name, versions, and the rates of a large copy and a large product on it."""
 
 import platform
 import re

@@ -108,7 +108,7 @@ def commit() -> str:
     Not HEAD: committing rows or prose would make every row look old. Without git, a hash of that code.
     """
     paths = [f"{folder}/*.py" for folder in SOURCES] + ["kernels/*.json", f":!{PRESENTATION}"]
-    if found := _git("log", "-1", "--format=%h", "--", *paths):
+    if found := _git("log", "-1", "--format=%h", "--abbrev=7", "--", *paths):
         return found + ("-dirty" if _git("status", "--porcelain", "--", *paths) else "")
     digest = hashlib.sha256()
     for folder in SOURCES:

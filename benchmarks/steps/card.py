@@ -36,7 +36,7 @@ def hold_to(card_gib: int | None, device: torch.device) -> None:
     if card_gib is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         share = (usable_gib(card_gib, device) - CONTEXT_GIB) / total
-        torch.cuda.set_per_process_memory_fraction(share, device)
+        torch.cuda.set_per_process_memory_fraction(share, torch.cuda.current_device())  # it asks for an index
 
 
 class Peaks:

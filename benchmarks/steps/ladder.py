@@ -29,7 +29,7 @@ from ibft.config import Config
 
 MODULE = "benchmarks.steps.ladder"
 CARDS_GIB = (8, 12, 16, 24, 32, 48, 80)
-STEP, MOST = 256, 131072  # tokens
+STEP, MOST = 256, 65536  # tokens
 STEPS = 2  # the second has the optimizer's state
 LADDER_COLUMNS = (
     "op", "provider", "model", "alpha", "dtype", "card_gib", "result", "longest", "peak_mib", "peak_reserved_mib",
@@ -38,13 +38,14 @@ LADDER_COLUMNS = (
 
 
 def longest(fits: Callable[[int], bool], step: int = STEP, most: int = MOST) -> int:
-    """The largest multiple of `step` up to `most` that fits, by doubling, then bisection; 0 where not even `step` does.
-    What fits is taken to fit with less, too; no length is asked for twice."""
+    """A multiple of `step` up to `most` that fits, by doubling, then bisection; 0 where not even `step` does. It is the
+    largest, or within a sixteenth of it: each try is two steps, which take long where the length is. What fits is taken
+    to fit with less, too; no length is asked for twice."""
     top = most // step
     good, bad = 0, 1  # in units of step: good fits, bad is asked next
     while bad <= top and fits(bad * step):
         good, bad = bad, min(2 * bad, top) if bad < top else top + 1
-    while bad - good > 1:
+    while bad - good > max(1, good // 16):
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle * step) else (good, middle)
     return good * step

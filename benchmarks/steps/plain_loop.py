@@ -132,7 +132,7 @@ def add_lora(base: nn.Module, config: Config) -> nn.Module:
     """PEFT's LoRA on a base with Linear4bit layers, from `load_base` or `random_base.as_linear4bit`."""
     from peft import LoraConfig, get_peft_model
 
-    if config.train.gradient_checkpointing:
+    if config.train.gradient_checkpointing is True:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = config.lora
     settings = LoraConfig(
