@@ -77,6 +77,10 @@ def pytest_collection_finish():
     gc.freeze()  # what is imported stays; peaks collect garbage twice a provider, each time over all of it
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # or libraries would complain of leaks at the end
+
+
 @pytest.fixture
 def device(request):
     """By parameter, from `comparison.each`."""

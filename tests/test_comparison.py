@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.harness import comparison, result_rows
-from benchmarks.harness.comparison import Comparison, rotations
+from benchmarks.harness.comparison import Comparison, Found, rotations
 from benchmarks.harness.peak_memory import peaks_mib
 from benchmarks.harness.providers import Provider, compiled, cut_cross_entropy, liger, unsloth
 from benchmarks.harness.session import NotMeasured, Session
@@ -235,6 +235,51 @@ def test_turns_are_drawn_and_ratios_paired_by_round():
     assert (rounds_for(1000, 2), rounds_for(0.001, 2), rounds_for(100, 2)) == (5, 60, 20)
 
 
+def test_what_ours_keeps_between_calls_counts_each_time():
+    """The buffer of logits, cold or warm."""
+    from ibft_kernels import linear_cross_entropy
+
+    hidden, weight, labels = torch.randn(512, 8), torch.randn(4096, 8), torch.randint(4096, (512,))
+
+    def prepare():
+        return lambda: linear_cross_entropy(hidden, weight, labels)
+
+    cold = peaks_mib(prepare, CPU)[0]
+    prepare()()
+    assert peaks_mib(prepare, CPU)[0] == pytest.approx(cold, rel=0.01)
+    assert cold > 4  # 8 MiB of logits, or what the budget allows of them
+
+
+def test_allocated_and_reserved_keep_their_columns():
+    columns = Found("ok", times_ms=[1.0], peaks=(3.0, 5.0)).columns()
+    assert (columns["peak_mib"], columns["peak_reserved_mib"]) == ("3.0", "5.0")
+
+
+def test_the_ratio_is_the_median_of_the_rounds_and_of_ours():
+    """Not a ratio of medians, and against ours wherever ours stands in the mapping."""
+    found = {name: Found("ok") for name in ("first", "ours")}
+    made = a_comparison({"first": Provider(square), "ours": Provider(square)}, reference="first")
+    times = {"first": [1.0, 10.0, 100.0], "ours": [1.0, 2.0, 400.0]}
+    original, comparison.take_turns = comparison.take_turns, lambda *_: times
+    try:
+        made.time(dict.fromkeys(found, (square, 1.0)), [{}], found, CPU, 3)
+    finally:
+        comparison.take_turns = original
+    assert found["first"].ours_speedup == 1.0  # 1, 5 and 0.25; of medians it would be 5
+    assert found["ours"].ours_speedup == 1.0
+
+
+def test_every_set_of_inputs_is_used():
+    seen = set()
+
+    def run(t):
+        seen.add(t["x"].data_ptr())
+        return square(t)
+
+    a_comparison({"ours": Provider(run), "eager": Provider(square)}, seconds=0.05).measure(["ours"], CPU)
+    assert len(seen) == 4
+
+
 def test_peaks_are_of_the_call_alone():
     def prepare():
         held = torch.ones(1 << 20)  # before the call: 4 MiB that do not count
@@ -383,9 +428,44 @@ def test_what_was_measured_is_left_out_and_the_budget_is_kept(tmp_path, monkeypa
     for _ in range(2):
         session("abd-dirty", resume=True).found(made, CPU)  # not known to be the same code
     assert run.calls == 5 * calls
+    calls = run.calls
+    made_wrong = a_comparison({"ours": Provider(lambda t: (t["x"] * 0,)), "eager": Provider(square)}, mode="forward")
+    for _ in range(2):  # a fault is told of each time
+        assert session("abc", resume=True).found(made_wrong, CPU)["ours"].result == "incorrect"
+    other = session("abc", resume=True)
+    monkeypatch.setattr("benchmarks.harness.machine._version", lambda package: "other")
+    other.found(made, CPU)  # of another torch nothing is known
+    assert run.calls > calls
+    calls = run.calls
     late = session("abe", budget=0.0)
     for _ in range(2):
         with pytest.raises(NotMeasured, match="run the same again to go on"):
             late.found(made, CPU)
     assert len(late.left) == 1
-    assert run.calls == 5 * calls
+    assert run.calls == calls
+
+
+def test_ours_that_raises_fails_once_and_leaves_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_rows, "RESULTS", tmp_path)
+
+    def broken(_):
+        raise TypeError("unexpected keyword")
+
+    run = Counted(broken)
+    made = a_comparison({"ours": Provider(run), "eager": Provider(square)})
+    session = Session(rounds=3)
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            session.found(made, CPU)
+    assert run.calls == 1
+    ((row,),) = [result_rows.read(path) for path in tmp_path.glob("*/*.csv")]
+    assert (row["provider"], row["result"], row["p50_ms"]) == ("ours", "failed", "")
+
+
+def test_a_trial_leaves_no_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_rows, "RESULTS", tmp_path)
+    made = a_comparison({"ours": Provider(square), "eager": Provider(square)})
+    assert Session(rounds=2, keep=False).found(made, CPU)["ours"].result == "ok"
+    assert not [*tmp_path.iterdir()]
+    Session(keep=False).found(made, CPU)
+    assert len([*tmp_path.glob("*/*.csv")]) == 1

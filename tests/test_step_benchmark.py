@@ -537,7 +537,13 @@ def test_what_a_script_says(tmp_path, monkeypatch):
 def test_a_card_is_held_to_its_size(monkeypatch):
     held, total = [], int(79.1 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: held.append(share * 79.1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+
+    def hold(share, index):
+        assert index == 3  # a device without an index is refused
+        held.append(share * 79.1)
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", hold)
     cuda = torch.device("cuda")
     assert too_small(96, cuda) == "this card has less than 96 GiB"
     assert [too_small(gib, cuda) for gib in (None, 8, 80)] == [None] * 3  # the last has less than its name says

@@ -234,9 +234,12 @@ def steps(bench: str) -> Callable[[str], str | None]:
             "bottleneck",
             "tokens/s",
             "time against ours",
-            "peak MiB above the model",
+            "peak MiB",
         ]
-        said = [f"{source(folder, bench, rows)}, real tokens:", table(head, lines)]
+        memory = "peak memory above the models"
+        if bench == "step" and kind_of(folder) == "gpu":
+            memory = "each in a process of its own, so times are not paired; peak memory of the whole process"
+        said = [f"{source(folder, bench, rows)}, real tokens, {memory}:", table(head, lines)]
         for group in groups(rows, "provider", "alpha"):
             if (added := added_by_the_bottleneck(group)) is not None:
                 words = ", ".join(group[0][name] for name in ("model", "layout") if group[0][name])
@@ -247,6 +250,11 @@ def steps(bench: str) -> Callable[[str], str | None]:
         return "\n\n".join(said)
 
     return render
+
+
+def all_of(*parts: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """Those that there are rows for, one below the other."""
+    return lambda folder: "\n\n".join(text for part in parts if (text := part(folder))) or None
 
 
 def by(rows: Iterable[Row], *columns: str) -> Iterator[list[Row]]:
@@ -283,6 +291,8 @@ class Pair:
     ms: float
     ratio: float
     again: float | None
+    bench: str
+    row: Row
 
     @property
     def apart(self) -> float | None:
@@ -305,7 +315,7 @@ def pairs(folder: str) -> list[Pair]:
             same = [row for row in rows[:-1] if all(row[name] == last[name] for name in SAME)]
             ratios = [float(row["ours_speedup"]) for row in (*same[-1:], last)]
             name = f"{case_of(last)}, {last['provider']}" + (f", alpha {last['alpha']}" if last.get("alpha") else "")
-            found.append(Pair(name, number(last, "p50_ms") or 0.0, ratios[0], ratios[1] if same else None))
+            found.append(Pair(name, number(last, "p50_ms") or 0.0, ratios[0], ratios[1] if same else None, bench, last))
     return found
 
 
@@ -369,7 +379,7 @@ def shown_verdict(target: Target, value: float | None, verdict: Verdict) -> str:
 # --- the README -----------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[str], str | None]] = {
-    "step": steps("step"),
+    "step": all_of(steps("step"), steps("step_turns")),
     "real-data": steps("real_data"),
     "profile": profile,
     "objective": objective,

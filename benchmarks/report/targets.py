@@ -238,15 +238,15 @@ TARGETS = (
     Target("objective, against the released way", "gpu", "objective", OBJECTIVE_GPU, speedup("released"), ">=", 4),
     Target("its peak memory, of the released way's", "gpu", "objective", OBJECTIVE_GPU, peak("released"), "<=", 1 / 8),
     Target(
-        f"7B step of 4,096 tokens, against {PEERS}", "gpu", "step", STEP_4K, step_of("hf"), ">=", 1.3,
+        f"7B step of 4,096 tokens, against {PEERS}", "gpu", "step_turns", STEP_4K, step_of("hf"), ">=", 1.3,
     ),
     Target(
-        "the same with the bottleneck, against Unsloth without", "gpu", "step", STEP_4K, step_of("unsloth", 0.0),
-        ">=", 1.0,
+        "the same with the bottleneck, against Unsloth without (separate processes)", "gpu", "step", STEP_4K,
+        step_of("unsloth", 0.0), ">=", 1.0,
     ),
     Target("its share of the product's rate", "gpu", "step", STEP_4K | WITH, share_of_ceiling, ">=", 0.6, "%"),
     Target(
-        "what the bottleneck adds to a 7B step of 2,048 tokens", "gpu", "step", STEP_2K, added_by_the_bottleneck,
+        "what the bottleneck adds to a 7B step of 2,048 tokens", "gpu", "step_turns", STEP_2K, added_by_the_bottleneck,
         "<=", 0.02, "%",
     ),
     Target("7B, 2,048 tokens, on 8 GiB", "gpu", "step", on_card("deepseek-coder-7b", 8), fits, ">=", 1, "runs"),
