@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from benchmarks.harness.machine import copy_rate, matmul_rate
-from benchmarks.harness.peak_memory import peaks_mib
+from benchmarks.harness.peak_memory import MIB, peaks_mib
 from benchmarks.harness.providers import OURS, Provider, Run
 from benchmarks.harness.result_rows import OP_COLUMNS, percentiles
 from benchmarks.harness.timing import rounds_for, take_turns, timed_ms, times_as_long
 
-MIB = 1 << 20
 Mode = Literal["forward", "backward", "full"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "full")
 Tensors = dict[str, Any]

@@ -338,9 +338,10 @@ def agreement(found: Sequence[Pair]) -> str:
     if not twice:
         return f"none of {len(found)} was measured twice"
     middle = median(pair.apart or 0.0 for pair in twice)
+    far = sum((pair.apart or 0.0) > 0.15 for pair in twice)
     return (
         f"{len(twice)} of {len(found)} were measured twice, half of them at most {percent(middle)} apart, "
-        f"the worst {percent(twice[-1].apart or 0.0)} ({twice[-1]})"
+        f"{far} more than 15 %, the worst {percent(twice[-1].apart or 0.0)} ({twice[-1]})"
     )
 
 
