@@ -16,6 +16,7 @@ import os
 import pytest
 import torch
 
+from benchmarks.harness.machine import keep_freed_memory
 from benchmarks.harness.providers import OURS
 from benchmarks.harness.session import NotMeasured, Session
 
@@ -71,6 +72,10 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"rows: {path}")
     if session.left:
         terminalreporter.write_line(f"{len(session.left)} comparisons left: the time was up; run the same again")
+
+
+def pytest_sessionstart():
+    keep_freed_memory()
 
 
 def pytest_collection_finish():

@@ -269,11 +269,33 @@ def test_the_ratio_is_the_median_of_the_rounds_and_of_ours():
     times = {"first": [1.0, 10.0, 100.0], "ours": [1.0, 2.0, 400.0]}
     original, comparison.take_turns = comparison.take_turns, lambda *_: times
     try:
-        made.time(dict.fromkeys(found, (square, 1.0)), [{}], found, CPU, 3)
+        made.time(dict.fromkeys(found, square), [{}], found, CPU, 3)
     finally:
         comparison.take_turns = original
     assert found["first"].ours_speedup == 1.0  # 1, 5 and 0.25; of medians it would be 5
     assert found["ours"].ours_speedup == 1.0
+
+
+@pytest.mark.parametrize(("flop", "expected"), [(0, 1), (1e9, 2)])
+def test_what_memory_bounds_has_one_thread_on_a_cpu_and_its_row_says_so(tmp_path, monkeypatch, flop, expected):
+    monkeypatch.setattr(result_rows, "RESULTS", tmp_path)
+    seen = set()
+
+    def run(t):
+        seen.add(torch.get_num_threads())
+        return square(t)
+
+    made = a_comparison({"ours": Provider(run), "eager": Provider(square)}, flop=flop, seconds=0.01)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        Session().found(made, CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {expected}
+    rows = [row for path in tmp_path.rglob("*.csv") for row in result_rows.read(path)]
+    assert {row["threads"] for row in rows} == {str(expected)}
 
 
 def test_every_set_of_inputs_is_used():
@@ -295,6 +317,32 @@ def test_peaks_are_of_the_call_alone():
     allocated, resident = peaks_mib(prepare, CPU)
     assert 8 <= allocated < 14
     assert resident < 40
+
+
+FAULTS = """
+import ctypes, resource, torch
+from benchmarks.harness.machine import back_heap, keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)  # 64 MiB, dropped at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh = [faults() for _ in range(2)][1]
+keep_freed_memory()
+faults()
+ctypes.CDLL(None).malloc_trim(0)
+back_heap()
+print(fresh, *(faults() for _ in range(3)))
+"""
+
+
+def test_a_timed_call_on_a_cpu_waits_for_no_pages():
+    """Those that the measurement of peaks gave back are there again, and those of a tensor that is dropped stay."""
+    made = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    fresh, *backed = map(int, made.stdout.split())
+    assert fresh > 1000
+    assert max(backed) < 50
 
 
 def test_a_provider_says_why_it_cannot_run(monkeypatch):

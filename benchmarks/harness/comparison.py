@@ -9,12 +9,13 @@ a row that says so.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import pytest
 import torch
 
-from benchmarks.harness.machine import copy_rate, matmul_rate
+from benchmarks.harness.machine import back_heap, copy_rate, matmul_rate
 from benchmarks.harness.peak_memory import MIB, peaks_mib
 from benchmarks.harness.providers import OURS, Provider, Run
 from benchmarks.harness.result_rows import OP_COLUMNS, percentiles
@@ -74,6 +75,12 @@ class Comparison:
 
     columns = OP_COLUMNS
 
+    @property
+    def one_thread(self) -> bool:
+        """On a CPU: what is bound by memory alone. Two threads of a virtual machine share a core or lie far apart, as
+        its host likes at the moment, and such an op is twice as fast or slow for it."""
+        return not self.flop
+
     def key(self, device: torch.device) -> tuple[object, ...]:
         return (self.bench, self.op, self.mode, *self.sizes.items(), self.dtype, device)
 
@@ -104,7 +111,7 @@ class Comparison:
     def measure(self, names: Sequence[str], device: torch.device, *, rounds: int | None = None) -> dict[str, Found]:
         """Of each provider by name. Raises whatever ours raises, memory apart; a peer that fails is a row."""
         found: dict[str, Found] = {}
-        ready: dict[str, tuple[Run, float]] = {}
+        ready: dict[str, Run] = {}
         try:
             sets = [self.drawn(device, 0)]
             sets += [self.drawn(device, i) for i in range(1, rotations(sets[0], device))]
@@ -125,7 +132,7 @@ class Comparison:
                 elif wrong := self.wrong(run, sets[0], *truth):
                     found[name] = Found("incorrect", wrong)
                     continue
-                ready[name] = run, timed_ms([self.call(run, sets[0])], device)
+                ready[name] = run
                 found[name] = Found("ok", peaks=peaks_mib(lambda run=run: self.call(run, sets[0]), device))
             except Exception as error:
                 if is_out_of_memory(error):
@@ -139,19 +146,18 @@ class Comparison:
 
     def time(
         self,
-        ready: Mapping[str, tuple[Run, float]],
+        ready: Mapping[str, Run],
         sets: Sequence[Tensors],
         found: dict[str, Found],
         device: torch.device,
         rounds: int | None,
     ) -> None:
-        """Fills in the times of those that passed the gate."""
-        repeats = {name: max(1, min(20, math.ceil(TURN_MS / ms))) for name, (_, ms) in ready.items()}
+        """Fills in the times of those that passed the gate. A first round is a warm-up and tells how long a call is."""
+        repeats = dict.fromkeys(ready, 1)
 
         def turn(name: str, i: int) -> float | None:
-            run, _ = ready[name]
             try:
-                calls = [self.call(run, sets[(i + k) % len(sets)]) for k in range(repeats[name])]
+                calls = [self.call(ready[name], sets[(i + k) % len(sets)]) for k in range(repeats[name])]
                 return timed_ms(calls, device) / self.providers[name].calls
             except Exception as error:  # it fitted once; what the others hold by now may be what it lacks
                 if not is_out_of_memory(error):
@@ -159,9 +165,13 @@ class Comparison:
                 found[name] = Found("out of memory")
                 return None
 
-        estimate = sum(ms * repeats[name] for name, (_, ms) in ready.items())
-        count = rounds or rounds_for(estimate, self.seconds)
-        times = take_turns({name: lambda i, name=name: turn(name, i) for name in ready}, count)
+        run = {name: partial(turn, name) for name in ready}
+        once = {name: self.providers[name].calls * ms for name, times in take_turns(run, 1).items() for ms in times}
+        repeats = {name: max(1, min(20, math.ceil(TURN_MS / ms))) for name, ms in once.items()}
+        count = rounds or rounds_for(sum(ms * repeats[name] for name, ms in once.items()), self.seconds)
+        if device.type == "cpu":
+            back_heap()
+        times = take_turns({name: run[name] for name in once}, count)
         for name, times_ms in times.items():
             found[name].times_ms = times_ms
             if OURS in times:

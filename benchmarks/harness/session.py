@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.comparison import Found
-from benchmarks.harness.machine import folder_name, where
+from benchmarks.harness.machine import folder_name, threads_for, where
 from benchmarks.harness.providers import OURS
 from benchmarks.harness.result_rows import append, commit, path_of, read
 
@@ -41,6 +41,10 @@ class Session:
 
     def found(self, comparison: Any, device: torch.device) -> dict[str, Found]:
         """Of each provider that can run here. Raises NotMeasured where `resume` or `budget` say so."""
+        with threads_for(comparison, device):
+            return self._found(comparison, device)
+
+    def _found(self, comparison: Any, device: torch.device) -> dict[str, Found]:
         key = comparison.key(device)
         if key in self.results:
             return self.results[key]

@@ -9,7 +9,7 @@ from ibft_kernels import ib_kl_loss, reference
 
 pytestmark = pytest.mark.part("ops")
 
-SIZES = {"cpu": [(2048, 64), (8192, 256)], "cuda": [(8192, 256), (262144, 256)]}
+SIZES = {"cpu": [(2048, 64), (16384, 256)], "cuda": [(8192, 256), (262144, 256)]}
 
 
 def way(op):

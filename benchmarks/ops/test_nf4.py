@@ -18,7 +18,7 @@ from ibft_kernels import nf4_dequantize, reference
 
 pytestmark = pytest.mark.part("ops")
 
-SIZES = {"cpu": [(2048, 768, 2048)], "cuda": [(4096, 4096, 11008)]}  # tokens, inputs, outputs
+SIZES = {"cpu": [(2048, 768, 2048), (2048, 4096, 4096)], "cuda": [(4096, 4096, 11008)]}  # tokens, inputs, outputs
 
 
 def layers(device, dtype, D, outputs):
@@ -51,7 +51,7 @@ LINEAR = {
     "bitsandbytes": Provider(lambda t: (t["theirs"](t["x"]),), package="bitsandbytes"),
     "dense weight": Provider(lambda t: (F.linear(t["x"], t["weight"]),)),  # 16 or 32 bits a weight: the products alone
 }
-DENSE_CASES = {"cpu": [0], "cuda": [0]}  # which of SIZES
+DENSE_CASES = {"cpu": [1], "cuda": [0]}  # which of SIZES
 LINEAR_CASES = {"cpu": [("full", 0)], "cuda": [(mode, 0) for mode in MODES]}  # mode, which of SIZES
 
 

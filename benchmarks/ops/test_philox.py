@@ -15,8 +15,8 @@ from ibft_kernels import philox_dropout, philox_normal, reference
 pytestmark = pytest.mark.part("ops")
 
 P = 0.05
-NORMAL_SIZES = {"cpu": [(8192, 256)], "cuda": [(8192, 256), (262144, 256)]}
-DROPOUT_SIZES = {"cpu": [(2048, 768)], "cuda": [(8192, 4096)]}
+NORMAL_SIZES = {"cpu": [(16384, 256)], "cuda": [(8192, 256), (262144, 256)]}
+DROPOUT_SIZES = {"cpu": [(8192, 768)], "cuda": [(8192, 4096)]}
 
 
 def normal(op):

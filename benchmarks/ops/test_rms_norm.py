@@ -16,7 +16,7 @@ pytestmark = pytest.mark.part("ops")
 
 EPS = 1e-6
 # rows of a hidden state; on a GPU also rows of the heads that a q or k norm sees
-SIZES = {"cpu": [(2048, 1024)], "cuda": [(8192, 4096), (262144, 128)]}
+SIZES = {"cpu": [(8192, 1024)], "cuda": [(8192, 4096), (262144, 128)]}
 
 
 class Norm(NamedTuple):

@@ -14,7 +14,7 @@ from ibft_kernels import rotate
 
 pytestmark = pytest.mark.part("ops")
 
-SIZES = {"cpu": [(2048, 6, 2, 32)], "cuda": [(8192, 32, 8, 128)]}  # tokens, query heads, key heads, head size
+SIZES = {"cpu": [(16384, 6, 2, 32)], "cuda": [(8192, 32, 8, 128)]}  # tokens, query heads, key heads, head size
 
 
 def transformers_rotate(q, k, cos, sin):

@@ -73,6 +73,7 @@ class Rung:
 
     bench = "ladder"
     columns = LADDER_COLUMNS
+    one_thread = False
 
     @property
     def providers(self) -> dict[str, Provider]:

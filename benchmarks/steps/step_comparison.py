@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.comparison import Found, is_out_of_memory
-from benchmarks.harness.machine import matmul_rate
+from benchmarks.harness.machine import back_heap, matmul_rate
 from benchmarks.harness.peak_memory import peaks_mib
 from benchmarks.harness.providers import OURS, Provider
 from benchmarks.harness.result_rows import STEP_COLUMNS
@@ -98,6 +98,7 @@ class StepComparison:
     card_gib: int | None = None
 
     columns = STEP_COLUMNS
+    one_thread = False
 
     def key(self, device: torch.device) -> tuple[object, ...]:
         return (self.bench, device, *(tuple(self.row(name).items()) for name in self.providers))
@@ -170,6 +171,8 @@ class StepComparison:
             found[name].times_ms.append(ms)
             return ms
 
+        if device.type == "cpu":
+            back_heap()
         mine = {name: min(rounds, self.providers[name].rounds or rounds) for name in ready}
         done = 0
         for count in sorted({*mine.values()}):
