@@ -166,16 +166,10 @@ def test_the_figures_are_fresh():
     assert plots.check() == [], "run: python -m benchmarks.report.plots"
 
 
-def test_the_ratios_of_the_cpu_targets_repeat_within_15_percent():
-    """Two runs of the same code on the same machine. README.md says how far apart all the others are."""
-    mine = [target for target in targets.TARGETS if target.on == "cpu"]
-    found = [
-        pair
-        for folder in targets.folders("cpu")
-        for pair in tables.pairs(folder)
-        if any(target.bench == pair.bench and targets.pick([pair.row], **target.where) for target in mine)
-    ]
-    assert {pair.bench for pair in found} == {target.bench for target in mine}
+def test_the_committed_ratios_repeat_within_15_percent():
+    """Two runs of the same code on the same machine."""
+    found = [pair for folder in targets.folders("cpu") for pair in tables.pairs(folder)]
+    assert {target.bench for target in targets.TARGETS if target.on == "cpu"} <= {pair.bench for pair in found}
     once = [str(pair) for pair in found if pair.apart is None]
     assert not once, f"{len(once)} of {len(found)} have no second run by the same code: " + "; ".join(once)
     apart = [f"{pair} ({pair.apart:.0%})" for pair in found if pair.apart > 0.15]

@@ -87,7 +87,8 @@ def threads(count: str) -> str:
 
 def source(folder: str, bench: str, rows: Sequence[Row]) -> str:
     """Where the rows are and what made them."""
-    where = ", ".join(dict.fromkeys(row["device"] + threads(row["threads"]) for row in rows))
+    devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
+    where = devices + threads(" or ".join(sorted({row["threads"] for row in rows if row["threads"]})))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     return f"{where}, at {commits} ([rows](benchmarks/results/{folder}/{bench}.csv))"
 
