@@ -1,15 +1,14 @@
 """The command line. Nothing heavy is imported until a command runs: `ibft-fast --help` answers at once."""
 
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ibft.errors import EXIT_INTERRUPTED, IBFTError
+from ibft.commands import Debug, one_line_errors
+from ibft.evaluation.cli import app as evaluate
 
 if TYPE_CHECKING:
     from ibft.config import Config
@@ -22,12 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
+app.add_typer(evaluate, name="evaluate")
 
 Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -47,7 +45,7 @@ def train(
     Exit codes: 0 done, 2 configuration, 3 data, 4 environment, 5 non-finite loss,
     6 out of memory, 130/143 interrupted and saved.
     """
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         config, notices = _configure(arguments)
         from ibft.run import run_training
 
@@ -74,7 +72,7 @@ def estimate(
 
     Exit codes: 0 done, 2 configuration, 3 data, 4 environment.
     """
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         config, notices = _configure(arguments, [] if memory is None else [f"runtime.memory_budget={memory}"])
         from ibft.estimate import run_estimate
 
@@ -94,21 +92,6 @@ def _configure(arguments: list[str] | None, options: Sequence[str] = ()) -> "tup
     # transformers 5.23 deprecates names that transformers 5.17 and PEFT still need: nothing a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
     return loaded
-
-
-@contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
-    """What a user can mend is one line on stderr and an exit code; with `debug` a traceback."""
-    try:
-        yield
-    except IBFTError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def main() -> None:

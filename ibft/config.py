@@ -170,6 +170,8 @@ class EvalConfig(Section):
     max_tasks: PositiveInt | None = None
     max_new_tokens: PositiveInt = 512
     batch_size: PositiveInt = 64
+    run_without_isolation: bool = False
+    """Where no sandbox works: run what the model writes as you, under resource limits alone."""
 
 
 class CheckpointConfig(Section):

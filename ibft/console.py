@@ -27,6 +27,9 @@ class Console:
     def notice(self, text: str) -> None:
         self.rich.print(f"note: {text}", style="yellow", markup=False)
 
+    def line(self, text: str) -> None:
+        self.rich.print(text, markup=False)
+
     def data(self, what: str, summary: str) -> None:
         self.rich.print(f"{what}: {summary}", markup=False)
 

@@ -396,7 +396,8 @@ def pass_at_1(
 
     if not tasks:
         return None
-    if reason := why_not_judged():
+    unsafe = config.eval.run_without_isolation
+    if reason := why_not_judged(allow_limits=unsafe):
         return {"not_judged": reason}
     with console.progress(f"Pass@1 {when} training", len(tasks)) as advance, trainer.accelerator.autocast():
         completions = generate(
@@ -407,7 +408,7 @@ def pass_at_1(
             batch_size=config.eval.batch_size,
             progress=advance,
         )
-    verdicts = judge_tasks(tasks, [extract_code(completion) for completion in completions])
+    verdicts = judge_tasks(tasks, [extract_code(completion) for completion in completions], allow_limits=unsafe)
     passed = sum(verdict.passed for verdict in verdicts)
     return {"passed": passed, "tasks": len(tasks), "value": passed / len(tasks)}
 

@@ -173,10 +173,10 @@ def test_plain_fine_tuning_and_dry_run(tmp_path):
 
 
 def test_code_that_cannot_be_judged_ends_the_run_well(tmp_path, monkeypatch):
-    monkeypatch.setattr("ibft.evaluation.judge.why_not_judged", lambda: "no rlimits on this system")
+    monkeypatch.setattr("ibft.evaluation.judge.why_not_judged", lambda **_: "no sandbox on this system")
     result = invoke(*QUICK, "-o", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert "not judged: no rlimits on this system" in result.output
+    assert "not judged: no sandbox on this system" in result.output
 
 
 def test_tensorboard(tmp_path):

@@ -1,10 +1,10 @@
-"""Greedy completions of a list of prompts, leaving the model as it was.
+"""Completions of a list of prompts by a model in memory, leaving the model as it was.
 
 The loop is the project's own and not `model.generate`: that merges in whatever the model was published with (sampling,
-penalties, lengths), so that "greedy" would depend on the model, and it warns about every such setting.
+penalties, lengths), so that "greedy" would depend on the model, and it warns about every such setting. How the next
+token is chosen is the caller's: `generate` is greedy, `ibft.evaluation.engines` samples.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ibft.data.encode import SEPARATOR, encode_prompts
+from ibft.evaluation.prompts import extract_code as extract_code  # goes with `generate`
 
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all)
-
-FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+Choose = Callable[[Tensor], Tensor]  # logits [B, V] -> the next ids [B, 1], on the same device
+AllStopped = Callable[[Tensor], bool]  # the ids [B, 1] just chosen -> whether no row need go on
 
 
 def generate(
@@ -50,60 +51,100 @@ def generate(
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size: got {max_new_tokens} and {batch_size}, expected 1 or more")
     prompt_ids = encode_prompts(prompts, tokenizer)
-    stop_ids = _stop_ids(model, tokenizer)
-    pad_id = next((i for i in (tokenizer.pad_token_id, *sorted(stop_ids)) if i is not None), 0)
+    stop_ids = stop_ids_of(model, tokenizer)
     completions = [""] * len(prompts)
     # Longest first: memory runs out in the first batch or not at all.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
-    with torch.no_grad(), _evaluation_mode(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            input_ids, attention_mask = _left_pad([prompt_ids[i] for i in chosen], pad_id)
-            stop = torch.tensor(sorted(stop_ids), device=model.device)
-            new_ids = _greedy(model, input_ids.to(model.device), attention_mask.to(model.device), max_new_tokens, stop)
-            for i, ids in zip(chosen, new_ids.tolist(), strict=True):
-                completions[i] = _decode(tokenizer, _before_stop(ids, stop_ids))
-            if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        all_stopped = _all_have_one_of(torch.tensor(sorted(stop_ids), device=model.device), len(chosen))
+        batch = [prompt_ids[i] for i in chosen]
+        new_ids = continue_prompts(
+            model, batch, max_new_tokens, choose=greedy, all_stopped=all_stopped, pad_id=pad_id_for(tokenizer, stop_ids)
+        )
+        for i, ids in zip(chosen, new_ids, strict=True):
+            completions[i] = decode_new(tokenizer, before_stop(ids, stop_ids))
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
     return completions
 
 
-def extract_code(completion: str) -> str:
-    """The inside of the first ``` fence (to the end where it is not closed); without a fence, the text itself."""
-    match = FENCE.search(completion)
-    return match.group(1) if match else completion
+def greedy(logits: Tensor) -> Tensor:
+    return logits.argmax(-1, keepdim=True)
 
 
-def _greedy(model: Any, ids: Tensor, mask: Tensor, max_new_tokens: int, stop: Tensor) -> Tensor:
-    """Continue left-padded ids [B, T], mask [B, T], by [B, new] ids; new <= max_new_tokens, less if all rows stop."""
+def continue_prompts(
+    model: Any,
+    prompt_ids: Sequence[list[int]],
+    max_new_tokens: int,
+    *,
+    choose: Choose,
+    all_stopped: AllStopped,
+    pad_id: int,
+) -> list[list[int]]:
+    """New ids of each prompt, all rows equally many: at most max_new_tokens, fewer where `all_stopped` says so.
+
+    One left-padded batch in evaluation mode without gradients. A row that has stopped goes on until the others have:
+    what it then adds is the caller's to cut off.
+    """
+    ids, mask = _left_pad(prompt_ids, pad_id)
+    ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    stopped = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     cache = None
     new_ids: list[Tensor] = []
-    while True:
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        ids = output.logits[:, -1].argmax(-1, keepdim=True)
-        new_ids.append(ids)
-        stopped |= torch.isin(ids, stop)
-        if len(new_ids) == max_new_tokens or stopped.all():
-            return torch.cat(new_ids, dim=1)
-        cache = output.past_key_values
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        positions = positions[:, -1:] + 1
+    with torch.no_grad(), _evaluation_mode(model):
+        while True:
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            ids = choose(output.logits[:, -1])
+            new_ids.append(ids)
+            if all_stopped(ids) or len(new_ids) == max_new_tokens:
+                return torch.cat(new_ids, dim=1).tolist()
+            cache = output.past_key_values
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            positions = positions[:, -1:] + 1
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def stop_ids_of(model: Any, tokenizer: Any) -> set[int]:
     """The tokenizer's EOS, which training teaches, and those that the model was published with."""
     published = model.generation_config.eos_token_id
     ids = published if isinstance(published, list) else [published]
     return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
+
+
+def pad_id_for(tokenizer: Any, stop_ids: set[int]) -> int:
+    return next((i for i in (tokenizer.pad_token_id, *sorted(stop_ids)) if i is not None), 0)
+
+
+def before_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
+    end = next((place for place, i in enumerate(ids) if i in stop_ids), len(ids))
+    return ids[:end]
+
+
+def decode_new(tokenizer: Any, ids: list[int]) -> str:
+    """Text of `ids` as it stands after the separator: alone, a SentencePiece-like tokenizer drops its first space."""
+    separator = tokenizer([SEPARATOR], add_special_tokens=False)["input_ids"][0]
+    before, whole = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (separator, separator + ids)
+    )
+    return whole.removeprefix(before)
+
+
+def _all_have_one_of(stop: Tensor, rows: int) -> AllStopped:
+    stopped = torch.zeros(rows, 1, dtype=torch.bool, device=stop.device)
+
+    def all_stopped(ids: Tensor) -> bool:
+        stopped.logical_or_(torch.isin(ids, stop))
+        return bool(stopped.all())
+
+    return all_stopped
 
 
 @contextmanager
@@ -118,24 +159,9 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def _left_pad(sequences: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, both [B, T] int64."""
     width = max(map(len, sequences))
     ids = torch.tensor([[pad_id] * (width - len(s)) + s for s in sequences])
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
     return ids, mask
-
-
-def _before_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
-    end = next((place for place, i in enumerate(ids) if i in stop_ids), len(ids))
-    return ids[:end]
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    """Text of `ids` as it stands after the separator: alone, a SentencePiece-like tokenizer drops its first space."""
-    separator = tokenizer([SEPARATOR], add_special_tokens=False)["input_ids"][0]
-    before, whole = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for part in (separator, separator + ids)
-    )
-    return whole.removeprefix(before)

@@ -1,174 +1,168 @@
-"""Judge generated programs by running their tests, each in a process of its own.
+"""Judges samples: who judges which suite, many at once, and a file of verdicts that a stop leaves usable.
 
-A candidate program is a completion, its test, and the call of the test. It runs in a fresh, isolated `python -I -S`
-(the standard library only: verdicts do not depend on what else is installed), in its own session, with an empty
-environment, in a private temporary folder, under limits of CPU time, memory, file size, open files and processes. At
-its end or at the timeout its whole process group is killed and its folder removed.
-
-A program passes only if the launcher reports a secret of this very run after the last statement has returned, and
-exits 0. Leaving early, with whatever exit code, is therefore no pass.
-
-What this does NOT protect from: a program can still read files that the user can read and use the network; one that
-moves into a session of its own can outlive its sample (where it may start processes at all, that is as root, which
-the kernel does not hold to the limit); and one that searches the interpreter's own frames can find the secret. It is
-a guard against faulty code, not against hostile code. On macOS the memory limit is not enforced by the system.
+samples -> one process or two each, in the sandbox -> verdicts, in the order of the samples
 """
 
-import contextlib
-import functools
-import importlib.util
+import json
 import math
 import os
-import secrets
-import selectors
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ibft.errors import DataError, SetupError
+from ibft.evaluation.answer_judge import judge_answer
+from ibft.evaluation.python_judge import Verdict, job_of, judge_python
+from ibft.evaluation.samples import Sample, read_verdicts
+from ibft.evaluation.sandbox import Sandbox, find_tier
+from ibft.evaluation.suites import Problem, Rule, Suite
+from ibft.evaluation.verilog_judge import VerilogJudge, icarus_version
 
-LAUNCHER = Path(__file__).with_name("_launcher.py")
-MEMORY_BYTES = 1 << 30  # address space, interpreter included
-FILE_BYTES = 1 << 24
-REPORT_BYTES = 4096  # of a report: the rest is not read
+Progress = Callable[[int, int], None]  # (samples done, samples in all)
+JudgeOne = Callable[[Problem, str], Verdict]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """`result` is "passed", "timed out", or what stopped the program."""
+class Judge:
+    """Of one suite by one rule. `tools`: what its verdicts depend on, and is written beside them."""
 
-    passed: bool
-    result: str
+    suite: Suite
+    rule: Rule
+    one: JudgeOne
+    tools: Mapping[str, str]
+    jobs: int
 
-
-def judge_tasks(
-    tasks: Sequence[Mapping[str, Any]], completions: Sequence[str], *, timeout: float = 5.0, jobs: int | None = None
-) -> list[Verdict]:
-    """Judge one completion a task.
-
-    Args:
-        tasks: rows with `task_id`, `entry_point` and `test`, which defines check(candidate), as in HumanEval.
-        completions: whole programs that define the entry point; for tasks whose prompt is the beginning of the program
-            (HumanEval) that is prompt + completion.
-        timeout, jobs: see `judge`.
-
-    Raises:
-        DataError: a task lacks one of its fields.
-        ValueError, SetupError: see `judge`.
-    """
-    if len(tasks) != len(completions):
-        raise ValueError(f"completions: got {len(completions)}, expected one for each of {len(tasks)} tasks")
-    for number, task in enumerate(tasks, start=1):
-        if missing := [key for key in ("task_id", "entry_point", "test") if not isinstance(task.get(key), str)]:
-            raise DataError(f"task {number} ({task.get('task_id')}): lacks the text fields {', '.join(missing)}")
-    programs = [
-        f"{completion}\n\n{task['test']}\n\ncheck({task['entry_point']})\n"
-        for task, completion in zip(tasks, completions, strict=True)
-    ]
-    return judge(programs, timeout=timeout, jobs=jobs)
+    def all(self, pairs: Sequence[tuple[Problem, str]]) -> Iterator[Verdict]:
+        """In order, as they are ready. Left early, what has not begun is not begun."""
+        pool = ThreadPoolExecutor(self.jobs)  # threads suffice: each only waits for its processes
+        try:
+            yield from pool.map(lambda pair: self.one(*pair), pairs)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def judge(programs: Sequence[str], *, timeout: float = 5.0, jobs: int | None = None) -> list[Verdict]:
-    """Run each program; it passes if it comes to its end without an exception.
-
-    Args:
-        programs: texts of whole Python programs that end in the call of their test.
-        timeout: wall-clock seconds a program may take.
-        jobs: programs at once, default one a core.
-
-    Returns:
-        One verdict a program, in order.
+def make_judge(
+    suite: Suite, rule: Rule, *, timeout: float | None = None, jobs: int | None = None, allow_limits: bool = False
+) -> Judge:
+    """timeout: seconds a sample, default the suite's. jobs: samples at once, default one a core.
 
     Raises:
         ValueError: timeout or jobs out of range.
-        SetupError: this machine cannot run programs under limits (`why_not_judged`).
+        SetupError: no sandbox here (`find_tier`), or no Icarus Verilog where it is needed.
     """
+    timeout = suite.timeout if timeout is None else timeout
     if not 0 < timeout < math.inf:
         raise ValueError(f"timeout: got {timeout}, expected a positive number of seconds")
     jobs = (os.cpu_count() or 1) if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected 1 or more")
-    if reason := why_not_judged():
-        raise SetupError(f"generated programs cannot be judged here: {reason}")
-    with ThreadPoolExecutor(jobs) as pool:  # threads suffice: each only waits for its process
-        return list(pool.map(functools.partial(_run, timeout=timeout), programs))
-
-
-@functools.cache
-def why_not_judged() -> str | None:
-    """Why programs cannot be run under limits on this machine, or None where they can."""
-    if os.name != "posix" or importlib.util.find_spec("resource") is None:
-        return f"{sys.platform} has no process limits (resource)"
-    if not sys.executable:
-        return "the path of the Python interpreter is unknown"
-    try:
-        verdict = _run("", timeout=60.0)
-    except OSError as error:
-        return f"no process can be started: {error}"
-    return None if verdict.passed else f"an empty program does not pass: {verdict.result}"
-
-
-def _run(program: str, *, timeout: float) -> Verdict:
-    """Run one program from start to clean-up."""
-    nonce = secrets.token_hex(16)
-    try:
-        text = program.encode()
-    except UnicodeEncodeError as error:  # lone surrogates: no Python file can hold them
-        return Verdict(False, f"failed: not UTF-8 text: {error.reason}")
-    # The CPU limit is a second line behind the wall clock: it also ends what escapes from the process group.
-    header = f"{nonce} {math.ceil(timeout) + 1} {MEMORY_BYTES} {FILE_BYTES}\n".encode()
-    with tempfile.TemporaryDirectory(prefix="ibft-judge-", ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", str(LAUNCHER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={},
-            start_new_session=True,
+    if suite.name == "gsm8k":
+        return Judge(suite, rule, partial(judge_answer, rule=rule), {}, jobs)
+    icarus = icarus_version() if suite.name == "verilogeval-v1" else ""
+    if icarus is None:
+        raise SetupError(
+            "VerilogEval needs Icarus Verilog (Debian: apt-get install iverilog; macOS: brew install icarus-verilog)"
         )
-        try:
-            report = _talk(process, header + text, time.monotonic() + timeout)
-        finally:
-            # Before wait(): until the leader is reaped, nobody else can get its group's number. A leader that is
-            # already exiting keeps its status.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                with contextlib.suppress(BrokenPipeError):  # what it died too early to read
-                    stream.close()  # type: ignore[union-attr]
-    if report is None or process.returncode == -signal.SIGXCPU:
-        return Verdict(False, "timed out")
-    if process.returncode < 0:
-        return Verdict(False, f"killed by signal {-process.returncode}")
-    if process.returncode == 0 and report == nonce:
-        return Verdict(True, "passed")
-    return Verdict(False, report or f"left before its test had returned (exit {process.returncode})")
+    sandbox = Sandbox(find_tier(allow_limits=allow_limits))
+    tools = {"sandbox": sandbox.tier} | ({"icarus": icarus} if icarus else {})
+    if icarus:
+        return Judge(suite, rule, partial(VerilogJudge(sandbox, timeout).judge, rule=rule), tools, jobs)
+
+    def one(problem: Problem, completion: str) -> Verdict:
+        return judge_python(sandbox, job_of(suite.name, problem, completion), rule, timeout)
+
+    return Judge(suite, rule, one, tools, jobs)
 
 
-def _talk(process: subprocess.Popen[bytes], message: bytes, deadline: float) -> str | None:
-    """Send `message`, and return what comes back up to the end of the stream; None past the deadline."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it died at its start; its exit status says how
-        process.stdin.write(message)
-        process.stdin.close()
-    received = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while len(received) < REPORT_BYTES:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or not selector.select(remaining):
-                return None
-            if not (chunk := os.read(process.stdout.fileno(), REPORT_BYTES)):
-                break
-            received += chunk
-    return received.decode(errors="replace")
+def judge_tasks(
+    tasks: Sequence[Mapping[str, Any]], completions: Sequence[str], *, timeout: float = 5.0, jobs: int | None = None,
+    allow_limits: bool = False,
+) -> list[Verdict]:  # fmt: skip
+    """One completion of each task of the suite jsonl-tests, by the strict rule: what a training run asks.
+
+    Args:
+        tasks: rows with `task_id`, `entry_point` and `test`, which defines check(candidate), as in HumanEval.
+        completions: whole programs that define the entry point.
+        timeout, jobs, allow_limits: see `make_judge`.
+
+    Raises:
+        DataError: a task lacks one of its fields.
+        ValueError: not one completion a task.
+        SetupError: no sandbox here.
+    """
+    from ibft.evaluation.suites import SUITES
+
+    if len(tasks) != len(completions):
+        raise ValueError(f"completions: got {len(completions)}, expected one for each of {len(tasks)} tasks")
+    for number, task in enumerate(tasks, start=1):
+        if missing := [key for key in ("task_id", "entry_point", "test") if not isinstance(task.get(key), str)]:
+            raise DataError(f"task {number} ({task.get('task_id')}): lacks the text fields {', '.join(missing)}")
+    judge = make_judge(SUITES["jsonl-tests"], "strict", timeout=timeout, jobs=jobs, allow_limits=allow_limits)
+    return list(judge.all([(dict(task), completion) for task, completion in zip(tasks, completions, strict=True)]))
+
+
+def why_not_judged(*, allow_limits: bool = False) -> str | None:
+    """Why programs cannot be judged safely on this machine, or None where they can."""
+    try:
+        find_tier(allow_limits=allow_limits)
+    except SetupError as error:
+        return str(error)
+    return None
+
+
+def judge_file(
+    judge: Judge,
+    problems: Mapping[str, Problem],
+    samples: Sequence[Sample],
+    out: Path,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Writes a verdict a sample to `out`, in order, each as soon as it and those before it are known; goes on after
+    those that are there.
+
+    Raises:
+        DataError: `out` holds verdicts of other samples, or by another rule.
+    """
+    rows = kept_verdicts(judge, samples, out)
+    left = samples[len(rows) :]
+    pairs = [(problems[sample.task_id], sample.completion) for sample in left if not sample.fault]
+    verdicts = judge.all(pairs)
+    with out.open("a", encoding="utf-8") as file:
+        for sample in left:
+            verdict = Verdict(False, sample.fault) if sample.fault else next(verdicts)
+            row = head_of(judge, sample) | sample.rest | {"passed": verdict.passed, "result": verdict.result}
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            rows.append(row)
+            if progress is not None:
+                progress(len(rows), len(samples))
+    return rows
+
+
+def head_of(judge: Judge, sample: Sample) -> dict[str, Any]:
+    return {
+        "task_id": sample.task_id, "line": sample.line, "sha256": sample.sha256,
+        "suite": judge.suite.name, "rule": judge.rule, **judge.tools,
+    }  # fmt: skip
+
+
+def kept_verdicts(judge: Judge, samples: Sequence[Sample], out: Path) -> list[dict[str, Any]]:
+    """Those of an earlier run, which must be those of the first samples; a torn last line is cut off the file."""
+    if not out.exists():
+        return []
+    text = out.read_bytes()
+    if not text.endswith(b"\n"):
+        with out.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)
+    rows = read_verdicts(str(out))
+    same = ("task_id", "line", "sha256", "suite", "rule")
+    for number, row in enumerate(rows):
+        expected = head_of(judge, samples[number]) if number < len(samples) else {}
+        if any(row.get(name) != expected.get(name) for name in same):
+            raise DataError(
+                f"{out}, line {number + 1}: a verdict of another sample or rule; name another file with --out"
+            )
+    return rows

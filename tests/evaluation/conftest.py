@@ -12,11 +12,27 @@ SHARED_DATA = Path(os.environ.get("IBFT_DATA", Path(__file__).parents[3] / "shar
 
 
 @pytest.fixture(scope="session")
-def human_eval() -> str:
-    path = SHARED_DATA / "HumanEval.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"real data not found at {SHARED_DATA} (set IBFT_DATA)")
-    return str(path)
+def shared_data():
+    """Path of a file of the real data, by its name."""
+
+    def path_of(name: str) -> str:
+        path = SHARED_DATA / name
+        if not path.exists():
+            pytest.skip(f"real data not found at {SHARED_DATA} (set IBFT_DATA)")
+        return str(path)
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
+def soaking(request) -> bool:
+    """Under `make soak`: all of them instead of a few."""
+    return request.config.getoption("--hypothesis-profile") == "soak"
+
+
+@pytest.fixture(scope="session")
+def human_eval(shared_data) -> str:
+    return shared_data("HumanEval.jsonl.gz")
 
 
 @pytest.fixture(scope="session")

@@ -96,12 +96,15 @@ def test_leaves_everything_as_it_was(model, tokenizer):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_training_flags_come_back_after_a_fault(model, tokenizer):
-    def fail(done, total):
+@pytest.mark.parametrize("where", ["progress", "model"])
+def test_training_flags_come_back_after_a_fault(model, tokenizer, where):
+    def fail(*_):
         raise KeyboardInterrupt
 
+    if where == "model":
+        model.lm_head.register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        generate(model, tokenizer, PROMPTS, max_new_tokens=2, progress=fail)
+        generate(model, tokenizer, PROMPTS, max_new_tokens=2, progress=fail if where == "progress" else None)
     assert all(module.training for module in model.modules())
 
 

@@ -1,0 +1,27 @@
+"""What every command shares: how an error reaches the user. Imports nothing heavy."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from ibft.errors import EXIT_INTERRUPTED, IBFTError
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """What a user can mend is one line on stderr and an exit code; with `debug` a traceback."""
+    try:
+        yield
+    except IBFTError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None

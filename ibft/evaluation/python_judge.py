@@ -1,0 +1,143 @@
+"""Verdicts on Python programs.
+
+official  program and test in one process, as the suites' own harnesses run them: it passes if it comes to its end
+          without an exception. Leaving early, with whatever exit code, is no pass. Such a program can still replace
+          what the test relies on, return an object that equals everything, or look for the secret in the interpreter.
+strict    program and test in two processes, each in a room of its own: the test calls the program and is given plain
+          data, so only it can find that it holds (`inside/tester.py`). What cannot cross fails: objects of classes that
+          the program defines, and functions that the test passes.
+"""
+
+import ast
+import builtins
+import contextlib
+import json
+import math
+import os
+import secrets
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ibft.evaluation.sandbox import Ended, Limits, Sandbox, end, talk
+from ibft.evaluation.suites import Problem, Rule
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`result` is "passed", "timed out", or what stopped the program."""
+
+    passed: bool
+    result: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program and its test: `before` is what the test relies on, `call` is the statement that runs it, `names` are
+    those of the program that it uses."""
+
+    program: str
+    before: str
+    test: str
+    call: str
+    names: Sequence[str]
+
+    def whole(self) -> str:
+        return "\n\n".join(part for part in (self.program, self.test, self.call) if part) + "\n"
+
+
+def job_of(suite: str, problem: Problem, completion: str) -> Job:
+    """Of the suites humaneval, mbpp and jsonl-tests."""
+    if suite == "mbpp":
+        before = "\n".join([*(problem.get("test_imports") or []), problem.get("test_setup_code") or ""])
+        test = "\n".join(problem["test_list"])
+        return Job(completion, before, f"{before}\n{test}", "", free_names(before, test))
+    name = problem["entry_point"]
+    if suite == "humaneval":
+        return Job(problem["prompt"] + completion, problem["prompt"], problem["test"], f"check({name})", [name])
+    return Job(completion, problem.get("before") or "", problem["test"], f"check({name})", [name])
+
+
+def free_names(before: str, test: str) -> list[str]:
+    """What the test takes from the program: names that it reads, and that neither it nor `before` nor Python defines.
+
+    Tests that are no Python have none: they fail when they are run.
+    """
+    try:
+        nodes = [node for text in (before, test) for node in ast.walk(ast.parse(text))]
+    except (SyntaxError, ValueError):
+        return []
+    bound = set(dir(builtins))
+    read: dict[str, None] = {}
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            bound.add(node.id) if isinstance(node.ctx, ast.Store) else read.setdefault(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+    return [name for name in read if name not in bound]
+
+
+def judge_python(sandbox: Sandbox, job: Job, rule: Rule, timeout: float) -> Verdict:
+    """timeout: wall-clock seconds."""
+    try:
+        job.whole().encode()
+    except UnicodeEncodeError as error:  # lone surrogates: no Python file can hold them
+        return Verdict(False, f"failed: not UTF-8 text: {error.reason}")
+    # The CPU limit is a second line behind the wall clock.
+    limits = Limits(cpu_seconds=math.ceil(timeout) + 1)
+    return (in_two if rule == "strict" else in_one)(sandbox, job, limits, timeout)
+
+
+def in_one(sandbox: Sandbox, job: Job, limits: Limits, timeout: float) -> Verdict:
+    secret = secrets.token_hex(16)
+    with sandbox.folder() as folder:
+        message = f"{secret}\n{job.whole()}".encode()
+        ended = sandbox.run(["whole.py"], folder, limits, timeout=timeout, stdin=message, output_bytes=4096)
+    if fault := ended_badly(ended):
+        return Verdict(False, fault)
+    report = ended.stdout.decode(errors="replace")
+    if ended.returncode == 0 and report == secret:
+        return Verdict(True, "passed")
+    return Verdict(False, report or f"left before its test had returned (exit {ended.returncode})")
+
+
+def ended_badly(ended: Ended) -> str:
+    if ended.killed:
+        return ended.killed
+    return f"killed by signal {-ended.returncode}" if ended.returncode < 0 else ""
+
+
+def in_two(sandbox: Sandbox, job: Job, limits: Limits, timeout: float) -> Verdict:
+    """The candidate's process answers the calls of the tester's over two pipes; only the tester's word counts."""
+    began = time.monotonic()
+    message = json.dumps(asdict(job)).encode()
+    pipe = subprocess.PIPE
+    with sandbox.folder() as its_folder, sandbox.folder() as folder, contextlib.ExitStack() as stack:
+        calls, to_candidate = os.pipe()
+        from_candidate, answers = os.pipe()
+        try:
+            candidate = sandbox.start(["candidate.py"], its_folder, limits, stdin=calls, stdout=answers)
+            stack.callback(end, candidate)
+            fds = (to_candidate, from_candidate)
+            command = ["tester.py", *map(str, fds)]
+            tester = sandbox.start(command, folder, limits, pass_fds=fds, stdin=pipe, stdout=pipe, stderr=pipe)
+            stack.callback(end, tester)
+        finally:  # held here, an end of the other side would go unseen
+            for fd in (calls, to_candidate, from_candidate, answers):
+                os.close(fd)
+        ended = talk(tester, message, timeout - (time.monotonic() - began), 4096)
+    if fault := ended_badly(ended):
+        return Verdict(False, fault)
+    try:
+        found: dict[str, Any] = json.loads(ended.stdout)
+        return Verdict(found["passed"] is True, str(found["result"]))
+    except (ValueError, KeyError, TypeError):
+        return Verdict(False, f"the test ended without a verdict (exit {ended.returncode})")

@@ -1,0 +1,200 @@
+"""Verdicts on Verilog designs (VerilogEval v1), simulated by Icarus Verilog.
+
+official  the suite's rule to the letter: one file of test, prompt and completion; `iverilog -Wall -Winfloop
+          -Wno-timescale -g2012 -s tb`, `vvp -n`; any word on stderr fails; `Mismatches: 0 in N samples` passes
+strict    warnings are allowed, and so is a `$display`; what must hold is that the test bench itself has compared as
+          many samples as with the reference solution, and found all of them right:
+
+          - its verdict carries a secret that the design is not told, and its modules and instances have secret names,
+            so that no hierarchical name of the design reaches them;
+          - the design's system tasks and functions are those that compute or print: none ends the simulation, opens a
+            file or draws from the test bench's random numbers;
+          - it forces nothing: an input that it forces would be forced for the reference too. (Driven otherwise, it is
+            not: the suite's test benches keep all inputs in variables.)
+"""
+
+import math
+import re
+import secrets
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+from ibft.evaluation.python_judge import Verdict, ended_badly
+from ibft.evaluation.sandbox import MIB, Ended, Limits, Sandbox, version
+from ibft.evaluation.suites import Problem, Rule
+
+COMPILE = ("-Wall", "-Winfloop", "-Wno-timescale", "-g2012")
+MISMATCHES = re.compile(r"Mismatches: ([0-9]*) in ([0-9]*) samples")
+REPORT = '"Mismatches: %1d in %1d samples"'
+RENAMED = frozenset({"tb", "reference_module", "stimulus_gen", "stim1", "good1", "top_module1"})
+TOKEN = re.compile(
+    r"""(?P<space>\s+|//[^\n]*|/\*.*?(?:\*/|\Z))
+      | (?P<text>"(?:\\.|[^"\\])*(?:"|\Z))
+      | (?P<escaped>\\[^\s]+)
+      | (?P<system>\$[A-Za-z0-9_$]+)
+      | (?P<directive>`[A-Za-z_][\w$]*)
+      | (?P<name>[A-Za-z_][\w$]*)
+      | (?P<other>.)""",
+    re.VERBOSE | re.DOTALL,
+)
+HARMLESS = frozenset(
+    """
+    $display $displayb $displayo $displayh $write $writeb $writeo $writeh $strobe $strobeb $strobeo $strobeh
+    $monitor $monitorb $monitoro $monitorh $info $warning $error $sformatf $sformat
+    $signed $unsigned $cast $clog2 $bits $typename $isunbounded $countones $countbits $onehot $onehot0 $isunknown
+    $left $right $low $high $increment $size $dimensions $unpacked_dimensions
+    $time $stime $realtime $rtoi $itor $realtobits $bitstoreal $shortrealtobits $bitstoshortreal
+    $abs $min $max $floor $ceil $pow $sqrt $ln $log10 $exp $sin $cos $tan $asin $acos $atan $atan2 $hypot
+    $sinh $cosh $tanh $asinh $acosh $atanh
+    """.split()  # noqa: SIM905
+)
+
+
+def icarus_version() -> str | None:
+    """Of `iverilog -V`; None where it is not installed."""
+    return version(["iverilog", "-V"]) if shutil.which("vvp") else None
+
+
+@dataclass
+class VerilogJudge:
+    """Judges designs; of each problem it simulates the reference solution once, for `strict`."""
+
+    sandbox: Sandbox
+    timeout: float
+    samples: dict[str, int | str] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
+
+    def judge(self, problem: Problem, completion: str, rule: Rule) -> Verdict:
+        try:
+            (problem["prompt"] + completion).encode()
+        except UnicodeEncodeError as error:
+            return Verdict(False, f"failed: not UTF-8 text: {error.reason}")
+        if rule == "official":
+            return self.official(problem, completion)
+        with self.lock:  # of one problem the reference runs once; the rest is done at once
+            if problem["task_id"] not in self.samples:
+                self.samples[problem["task_id"]] = self.reference_samples(problem)
+        expected = self.samples[problem["task_id"]]
+        if isinstance(expected, str):
+            return Verdict(False, f"not judged: the reference solution itself fails here: {expected}")
+        return self.strict(problem, completion, expected)
+
+    def official(self, problem: Problem, completion: str) -> Verdict:
+        made = self.simulate(f"{problem['test']}\n{problem['prompt']}\n{completion}", "tb")
+        if isinstance(made, str):
+            return Verdict(False, made)
+        said = made.stderr.decode(errors="replace")
+        if "syntax error" in said:
+            return Verdict(False, "failed: syntax error.")
+        if said:
+            return Verdict(False, "failed: compile error.")
+        found = MISMATCHES.search(made.stdout.decode(errors="replace"))
+        if found is None:
+            return Verdict(False, "failed: info string not matched.")
+        wrong, total = found.groups()
+        return Verdict(True, "passed") if wrong == "0" else Verdict(False, f"failed: {wrong} out of {total} samples.")
+
+    def reference_samples(self, problem: Problem) -> int | str:
+        """How many samples the test bench compares with the reference solution; or why it does not pass."""
+        bench = Bench(problem)
+        made = self.simulate(bench.file(f"{problem['prompt']}\n{problem['canonical_solution']}"), bench.top)
+        if isinstance(made, str):
+            return made
+        found = bench.verdict(made)
+        if isinstance(found, str):
+            return found
+        wrong, total = found
+        return total if wrong == 0 and total > 0 else f"{wrong} mismatches in {total} samples"
+
+    def strict(self, problem: Problem, completion: str, expected: int) -> Verdict:
+        design = f"{problem['prompt']}\n{completion}"
+        if fault := self.forbidden(design):
+            return Verdict(False, f"failed: {fault}")
+        bench = Bench(problem)
+        made = self.simulate(bench.file(design), bench.top)
+        if isinstance(made, str):
+            return Verdict(False, made)
+        found = bench.verdict(made)
+        if isinstance(found, str):
+            return Verdict(False, f"failed: {found}")
+        wrong, total = found
+        if total != expected:
+            return Verdict(False, f"failed: {total} samples were compared, {expected} with the reference solution")
+        return Verdict(True, "passed") if wrong == 0 else Verdict(False, f"failed: {wrong} out of {total} samples.")
+
+    def forbidden(self, design: str) -> str:
+        """What the design uses and may not; empty where there is nothing. Judged as compiled, with macros expanded."""
+        if "`include" in [text for kind, text in tokens(design) if kind == "directive"]:
+            return "it includes a file"
+        with self.sandbox.folder() as folder:
+            Path(folder, "design.sv").write_text(design, encoding="utf-8")
+            command = [tool("iverilog"), "-E", "-g2012", "-o", "expanded.sv", "design.sv"]
+            made = self.sandbox.run(command, folder, self.compiler_limits(), timeout=self.timeout, output_bytes=MIB)
+            expanded = folder / "expanded.sv"
+            if made.killed or made.returncode != 0 or not expanded.is_file() or expanded.is_symlink():
+                return made.killed or "it cannot be preprocessed"
+            text = expanded.read_text(encoding="utf-8", errors="replace")
+        parts = tokens(text)
+        used = {text for kind, text in parts if kind == "system"} - HARMLESS
+        used |= {text for kind, text in parts if kind == "name" and text in ("force", "release")}
+        return f"it uses {', '.join(sorted(used))}" if used else ""
+
+    def simulate(self, text: str, top: str) -> Ended | str:
+        """Both tools' words in one; where the first fails or the second is stopped, what happened."""
+        with self.sandbox.folder() as folder:
+            Path(folder, "task.sv").write_text(text, encoding="utf-8")
+            command = [tool("iverilog"), *COMPILE, "-s", top, "-o", "task.vvp", "task.sv"]
+            compiled = self.sandbox.run(command, folder, self.compiler_limits(), timeout=self.timeout, output_bytes=MIB)
+            if compiled.killed:
+                return compiled.killed
+            if compiled.returncode != 0:
+                syntax = b"syntax error" in compiled.stderr
+                return "failed: syntax error." if syntax else "failed: compile error."
+            limits = Limits(cpu_seconds=math.ceil(self.timeout) + 1, file_bytes=256 * MIB)
+            command = [tool("vvp"), "-n", "task.vvp"]
+            ran = self.sandbox.run(command, folder, limits, timeout=self.timeout, output_bytes=16 * MIB)
+        if fault := ended_badly(ran):
+            return fault
+        return Ended(ran.returncode, ran.stdout, compiled.stderr + ran.stderr)
+
+    def compiler_limits(self) -> Limits:
+        return Limits(cpu_seconds=math.ceil(self.timeout) + 1, file_bytes=64 * MIB, processes=64)
+
+
+@dataclass
+class Bench:
+    """A problem's test bench under secret names. Each has its own."""
+
+    problem: Problem
+    names: str = field(default_factory=lambda: secrets.token_hex(8))
+    secret: str = field(default_factory=lambda: secrets.token_hex(16))  # another: `%m` tells a design the names
+
+    @property
+    def top(self) -> str:
+        return f"tb_{self.names}"
+
+    def file(self, design: str) -> str:
+        parts = [
+            f"{text}_{self.names}" if kind == "name" and text in RENAMED else text
+            for kind, text in tokens(self.problem["test"])
+        ]
+        text = "".join(parts).replace(REPORT, f'"{self.secret} %1d %1d\\n"')
+        return f"{text}\n{design}"
+
+    def verdict(self, made: Ended) -> tuple[int, int] | str:
+        """(wrong, compared) samples, by the one line that only the test bench can have written."""
+        found = re.findall(rf"{self.secret} +(\d+) +(\d+)", made.stdout.decode(errors="replace"))
+        if len(found) != 1:
+            return "more than one verdict" if found else "the test bench did not come to its verdict"
+        return int(found[0][0]), int(found[0][1])
+
+
+def tokens(text: str) -> list[tuple[str, str]]:
+    """(kind, text) of each token of Verilog, spaces and comments too."""
+    return [(str(found.lastgroup), found[0]) for found in TOKEN.finditer(text)]
+
+
+def tool(name: str) -> str:
+    return shutil.which(name) or name

@@ -1,0 +1,4 @@
+def f(x):
+    y = []
+    y.append(y)
+    return y

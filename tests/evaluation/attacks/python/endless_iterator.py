@@ -1,0 +1,4 @@
+# test: assert next(candidate(2)) == 0
+import itertools
+def f(x):
+    return itertools.count()

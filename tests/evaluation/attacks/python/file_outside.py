@@ -1,0 +1,3 @@
+def f(x):
+    return 0
+open(OUTSIDE, 'w').write('x')

@@ -1,0 +1,4 @@
+def f(x):
+    return 0
+import os
+os.makedirs(OUTSIDE)

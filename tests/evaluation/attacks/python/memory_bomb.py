@@ -1,0 +1,3 @@
+def f(x):
+    kept = []
+    while True: kept.append(bytearray(1 << 26))

@@ -1,0 +1,4 @@
+# test: assert 'secret' in candidate(2)
+import os
+def f(x):
+    return ' '.join(os.listdir(os.path.dirname(SECRET_FILE)))

@@ -1,0 +1,4 @@
+integer i;
+initial i = $random;
+assign q = a + 1;
+endmodule

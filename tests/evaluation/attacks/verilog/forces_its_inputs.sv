@@ -1,0 +1,3 @@
+assign q = 1;
+initial force a = 0;
+endmodule

@@ -1,0 +1,2 @@
+assign q = tb.good1.q;
+endmodule

@@ -1,0 +1,2 @@
+assign q = good1.q;
+endmodule

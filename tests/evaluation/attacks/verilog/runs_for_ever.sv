@@ -1,0 +1,3 @@
+assign q = 0;
+initial forever ;
+endmodule

@@ -1,0 +1,3 @@
+assign q = 0;
+defparam tb.good1.q = 0;
+endmodule

@@ -1,0 +1,4 @@
+assign q = 0;
+integer f;
+initial begin f = $fopen("x"); $fdisplay(f, "x"); end
+endmodule

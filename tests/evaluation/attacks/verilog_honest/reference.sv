@@ -1,0 +1,2 @@
+assign q = a + 1;
+endmodule

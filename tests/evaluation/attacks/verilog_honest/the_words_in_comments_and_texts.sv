@@ -1,0 +1,3 @@
+assign q = a + 1; // $finish tb.q_ref `include
+/* $stop */ initial $display("$finish");
+endmodule
