@@ -32,6 +32,7 @@ Tier = Literal["bubblewrap", "namespaces", "limits"]
 INSIDE = Path(__file__).with_name("inside")
 MIB = 1 << 20
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/nix/store")
+HOME = "/ibft-sample"  # of a program: a name that hides nothing that it needs
 DEVICES = ("null", "zero", "random", "urandom")
 ENTRY = (sys.executable and os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8")
 
@@ -73,7 +74,9 @@ class Sandbox:
         """A private folder, which is the working folder of the processes that are started in it."""
         made = tempfile.mkdtemp(prefix="ibft-judge-")
         try:
-            yield Path(made)
+            for name in ("sample", "root"):  # root: where `namespaces` builds its file system
+                Path(made, name).mkdir()
+            yield Path(made, "sample")
         finally:
             remove(made)
 
@@ -112,11 +115,11 @@ class Sandbox:
                 "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp",
                 *(word for path in bound for word in ("--ro-bind", path, path)),
                 *(word for path in links for word in ("--symlink", os.readlink(path), path)),
-                "--bind", str(folder), "/work", "--chdir", "/work", "--",
+                "--bind", str(folder), HOME, "--chdir", HOME, "--",
             ]  # fmt: skip
         script = ROOM.format(
             bound=" ".join(map(shlex.quote, bound)), links=" ".join(map(shlex.quote, links)),
-            devices=" ".join(DEVICES), folder=shlex.quote(str(folder)),
+            devices=" ".join(DEVICES), folder=shlex.quote(str(folder)), home=HOME,
         )  # fmt: skip
         namespaces = (
             "--user",
@@ -132,13 +135,14 @@ class Sandbox:
         return [shutil.which("unshare") or "unshare", *namespaces, "/bin/sh", "-c", script, "sh"]
 
 
-# A new root on /mnt, for this process and its children alone.
+# A new root, for this process and its children alone.
 ROOM = """
 set -e
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
-mount -t tmpfs -o size=4m tmpfs /mnt
-cd /mnt
-mkdir -p proc dev tmp work old
+cd {folder}/../root
+mount -t tmpfs -o size=4m tmpfs .
+cd ../root
+mkdir -p proc dev tmp .{home} old
 mount -t tmpfs -o size=64m,mode=1777 tmpfs tmp
 for path in {bound}; do
   if [ -d "$path" ]; then mkdir -p ".$path"; else mkdir -p ".$(dirname "$path")"; : > ".$path"; fi
@@ -148,12 +152,12 @@ done
 for path in {links}; do cp -P "$path" ".$path"; done
 for name in {devices}; do : > "dev/$name"; mount --bind "/dev/$name" "dev/$name"; done
 mount -t proc proc proc
-mount --bind {folder} work
+mount --bind {folder} .{home}
 pivot_root . old
 umount -l old
 rmdir old
 mount -o remount,ro /
-cd /work
+cd {home}
 # not exec: this shell stays the first process, whom no signal of its own kills
 setpriv --no-new-privs --bounding-set=-all --inh-caps=-all -- "$@" || exit $?
 """

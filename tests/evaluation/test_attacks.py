@@ -1,14 +1,16 @@
 """No attack passes under `strict`, harms what is around it, or changes another sample's verdict (`attacks/`)."""
 
+import os
 import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ibft.evaluation.judge import Judge, make_judge
+from ibft.evaluation.judge import Judge, make_judge, why_not_judged
 from ibft.evaluation.python_judge import Verdict
 from ibft.evaluation.sandbox import why_not
 from ibft.evaluation.suites import SUITES
@@ -75,6 +77,14 @@ def processes() -> set[str]:
     return found
 
 
+def wait_for(holds: Callable[[], bool]) -> bool:
+    """Within 5 seconds: the kernel takes a moment to end a namespace."""
+    deadline = time.monotonic() + 5
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return held
+
+
 def programs(folder: str) -> dict[str, str]:
     return {path.stem: path.read_text() for path in sorted((ATTACKS / folder).iterdir())}
 
@@ -115,10 +125,26 @@ def test_no_attack_passes_harms_or_changes_another_verdict(tier, home, listener,
     assert (home / "secret").read_text() == SECRET
     assert came == []
     assert list(tmp_path.iterdir()) == []
-    deadline = time.monotonic() + 5  # the kernel takes a moment to end a namespace
-    while processes() - before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert processes() - before == set()
+    assert wait_for(lambda: processes() - before == set())
+
+
+@pytest.mark.timeout(3600)
+def test_many_samples_leave_nothing_behind(home, monkeypatch, tmp_path, soaking):
+    """Right ones, wrong ones, and attacks that end at once: no process, file, folder or descriptor is left."""
+    if reason := why_not_judged():
+        pytest.skip(reason)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    quick = ["daemon", "file_outside", "link_to_a_file_outside", "kills_its_parent", "os_exit_0", "printed_verdict"]
+    given = {"SECRET_FILE": str(home / "secret"), "OUTSIDE": str(home / "outside")}
+    kinds = [(task(), RIGHT), (task(), "def f(x):\n    return x\n"), *(attack(name, **given) for name in quick)]
+    count = 10_000 if soaking else 80
+    before, open_before = processes(), len(os.listdir("/proc/self/fd"))
+    verdicts = python_judge().all([kinds[i % len(kinds)] for i in range(count)])
+    assert [v.passed for v in verdicts] == [i % len(kinds) == 0 for i in range(count)]
+    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in home.iterdir()] == ["secret"]
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert wait_for(lambda: processes() - before == set())
 
 
 def test_the_attacks_would_work_without_the_walls(home, listener, monkeypatch):
@@ -146,7 +172,7 @@ def f(x):
     open("here", "w").write("mine")
     time.sleep(0.5)
     seen = []
-    for root in ("/tmp", "/work", "/var/tmp", "/mnt", "/home"):
+    for root in ("/tmp", "/ibft-sample", "/var/tmp", "/mnt", "/home"):
         for folder, _, files in os.walk(root):
             seen += [os.path.join(folder, name) for name in files if name == "here"]
     return len(seen)

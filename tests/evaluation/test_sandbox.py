@@ -148,7 +148,7 @@ print(sum(name.isdigit() for name in os.listdir("/proc")))
     assert found == "[]"
     system = {path.split("/")[1] for path in module.SYSTEM}
     needed = {Path(path).parts[1] for path in Sandbox(tier).readable}
-    assert {*top.split()} <= system | needed | {"dev", "proc", "tmp", "work"}
+    assert {*top.split()} <= system | needed | {"dev", "proc", "tmp", "ibft-sample"}
     assert int(processes) <= 3
 
 
