@@ -10,7 +10,8 @@ import pytest
 
 from ibft.errors import ConfigError, DataError, SetupError
 from ibft.evaluation.passk import pass_at_k_m
-from ibft.evaluation.score import count_verdicts, few_ms, make_report, parse_ks, run_score
+from ibft.evaluation.score import count_verdicts, make_report, parse_ks, run_score
+from ibft.evaluation.score_tables import few_ms
 
 SHARED_DATA = Path(os.environ.get("IBFT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 VERILOG = {"suite": "verilogeval-v1", "rule": "official", "sandbox": "namespaces", "icarus": "11.0"}
