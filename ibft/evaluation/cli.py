@@ -127,3 +127,35 @@ def score(
         from ibft.evaluation.score import run_score
 
         run_score(verdicts, baseline=baseline, ks=k, out=out, plots=plots, seed=seed)
+
+
+@app.command()
+def retain(
+    model: Annotated[str, typer.Option(help="Folder, hub id or bundled:tiny.")],
+    adapter: Annotated[str | None, typer.Option(help="Folder of an adapter, as a run saves it.")] = None,
+    tasks: Annotated[str, typer.Option(help="Of lm-evaluation-harness.")] = "mmlu,gsm8k",
+    include_path: Annotated[str | None, typer.Option(help="Folder of further tasks.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples; default each task's own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a task; default all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 8,
+    quantization: Annotated[str, typer.Option(help="none or nf4.")] = "none",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    baseline: Annotated[str | None, typer.Option(help="An earlier report to compare with.")] = None,
+    out: Annotated[str, typer.Option("-o", "--out", help="Report, JSON.")] = "retain.json",
+    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """What the model still knows of other things: MMLU, GSM8K, ... by lm-evaluation-harness.
+
+    Example: `ibft-fast evaluate retain --model ID -o base.json`, then the same with
+    `--adapter runs/a/adapter --baseline base.json -o tuned.json`
+
+    Exit codes: 0 done, 2 arguments, 3 data, 4 the harness, the model or a task's data is missing.
+    """
+    with one_line_errors(debug):
+        from ibft.evaluation.retain import run_retain
+
+        run_retain(
+            model=model, adapter=adapter, tasks=tasks, include_path=include_path, num_fewshot=num_fewshot, limit=limit,
+            batch_size=batch_size, quantization=quantization, device=device, baseline=baseline, out=out, seed=seed,
+        )  # fmt: skip

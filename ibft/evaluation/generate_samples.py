@@ -5,23 +5,19 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ibft.config import BUNDLED, ModelConfig, TrainConfig
-from ibft.errors import ConfigError, DataError, SetupError
+from ibft.config import BUNDLED
+from ibft.errors import ConfigError, DataError
 from ibft.evaluation.engines import Engine, ServerEngine, TransformersEngine, check_chat_template, encode_prompt
-from ibft.evaluation.prompts import Prompt, Stops, Style, choose_style, make_prompt, stops_of
+from ibft.evaluation.local_model import LocalModel, check_adapter
+from ibft.evaluation.prompts import Prompt, Style, choose_style, make_prompt, stops_of
 from ibft.evaluation.sample_file import SampleFile, all_wanted
 from ibft.evaluation.suites import Suite, load_problems, suite_of
 
-if TYPE_CHECKING:
-    import torch
-
 PACKAGES = ("ibft-fast", "torch", "transformers", "peft", "bitsandbytes")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUANTIZATIONS = ("none", "nf4")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -92,20 +88,26 @@ def run_generate(
         "max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size,
     }  # fmt: skip
     stops = stops_of(style, suite)
-    host: _Here | ServerEngine
+    start: Callable[[], Engine]
     if base_url is None:
         if model == BUNDLED and problems is not None and Path(problems).expanduser().exists():
             os.environ["HF_HUB_OFFLINE"] = "1"  # all is on disk: no library need ask the network for anything
-        host = _Here.of(model, adapter, quantization, device, stops, max_new_tokens, top_p, style)
+        here = LocalModel.of(model, adapter, quantization, device)
+        if style == "chat":
+            check_chat_template(here.tokenizer)
+        start = lambda: TransformersEngine(here.load(), here.tokenizer, stops, max_new_tokens, top_p)  # noqa: E731
         settings |= {
             "engine": "transformers",
             "quantization": quantization,
-            "device": host.name(),
+            "device": here.name(),
             "versions": versions(),
         }
-        where = host.name() if quantization == "none" else f"{quantization}, {host.name()}"
+        where = here.name() if quantization == "none" else f"{quantization}, {here.name()}"
+        lengths = [len(encode_prompt(here.tokenizer, prompt)) for prompt in prompts.values()]
+        notice = too_long(lengths, max_new_tokens, here.positions)
     else:
-        host = ServerEngine(base_url, model, stops, max_new_tokens, top_p, concurrency)
+        server = ServerEngine(base_url, model, stops, max_new_tokens, top_p, concurrency)
+        start, notice = (lambda: server), None
         settings |= {"engine": base_url, "versions": {"ibft-fast": versions()["ibft-fast"]}}
         where = base_url
     file = SampleFile(path)
@@ -117,93 +119,23 @@ def run_generate(
     )
     if done:
         console.notice(f"{out} holds {done:,} of them already")
-    if isinstance(host, _Here) and (notice := host.too_long(prompts)):
+    if notice:
         console.notice(notice)
     with console.progress("generating", len(wanted)) as advance:
         advance(done)
         empty = file.fill(
-            host.engine, prompts, wanted, done, style=style, suite=suite, batch_size=batch_size, progress=advance
+            start, prompts, wanted, done, style=style, suite=suite, batch_size=batch_size, progress=advance
         )
     told = f"; {empty:,} of the new ones are empty" if empty else ""
     console.line(f"samples: {len(wanted):,} in {out}, {len(wanted) - done:,} of them new{told}")
 
 
-@dataclass(frozen=True)
-class _Here:
-    """A model to be loaded into this process once there is something to do."""
-
-    config: ModelConfig
-    adapter: str | None
-    device: "torch.device"
-    dtype: "torch.dtype"
-    tokenizer: Any
-    positions: int | None
-    stops: Stops
-    max_new_tokens: int
-    top_p: float
-
-    @classmethod
-    def of(
-        cls, model: str, adapter: str | None, quantization: str, device: str, stops: Stops, max_new_tokens: int,
-        top_p: float, style: Style,
-    ) -> "_Here":  # fmt: skip
-        """What can be refused before any weight is loaded is refused here."""
-        import torch
-
-        from ibft.model import load_model_config, load_tokenizer, resolve_path
-        from ibft.run import choose_dtype
-
-        folder = resolve_path(model)
-        if folder.startswith((".", "/")) and not Path(folder).is_dir():
-            raise ConfigError(f"--model: no folder {model}")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise SetupError("--device=cuda, but torch finds no CUDA device (--device=auto falls back to the CPU)")
-        chosen = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
-        config = ModelConfig(name_or_path=model, quantization="nf4" if quantization == "nf4" else "none")
-        positions = getattr(load_model_config(config), "max_position_embeddings", None)
-        tokenizer = load_tokenizer(config)
-        if style == "chat":
-            check_chat_template(tokenizer)
-        dtype = choose_dtype(TrainConfig(), chosen)
-        return cls(config, adapter, chosen, dtype, tokenizer, positions, stops, max_new_tokens, top_p)
-
-    def name(self) -> str:
-        from ibft.run import device_name
-
-        number = str(self.dtype).removeprefix("torch.")
-        return f"{number} on {device_name(self.device) if self.device.type == 'cuda' else 'CPU'}"
-
-    def too_long(self, prompts: Mapping[str, Prompt]) -> str | None:
-        if self.positions is None:
-            return None
-        lengths = [len(encode_prompt(self.tokenizer, prompt)) for prompt in prompts.values()]
-        count = sum(length + self.max_new_tokens > self.positions for length in lengths)
-        return (
-            f"{count:,} prompts with --max-new-tokens {self.max_new_tokens:,} go beyond the model's "
-            f"{self.positions:,} positions" if count else None
-        )  # fmt: skip
-
-    def engine(self) -> Engine:
-        """Raises SetupError: no such weights, or an adapter that is not for them."""
-        from ibft.model import load_base
-
-        model: Any = load_base(self.config, dtype=self.dtype, device=self.device)
-        if self.adapter is not None:
-            from peft import PeftModel
-
-            try:
-                model = PeftModel.from_pretrained(model, str(Path(self.adapter).expanduser()))
-            except (
-                RuntimeError,
-                ValueError,
-                KeyError,
-                TypeError,
-            ) as error:  # other sizes, other layers, another format
-                first = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-                raise SetupError(
-                    f"--adapter: {self.adapter} does not go with {self.config.name_or_path}: {first}"
-                ) from error
-        return TransformersEngine(model, self.tokenizer, self.stops, self.max_new_tokens, self.top_p)
+def too_long(lengths: Sequence[int], max_new_tokens: int, positions: int | None) -> str | None:
+    """A notice where prompts leave no room for their completions."""
+    count = sum(length + max_new_tokens > positions for length in lengths) if positions else 0
+    if not count:
+        return None
+    return f"{count:,} prompts with --max-new-tokens {max_new_tokens:,} go beyond the model's {positions:,} positions"
 
 
 def load_prompts(suite: Suite, problems: str | None, descriptions: str | None, style: Style) -> dict[str, Prompt]:
@@ -285,21 +217,6 @@ def check_out(out: str) -> Path:
     except OSError as error:  # a locked folder, a name too long
         raise ConfigError(f"--out: {out}: {error.strerror or error}") from error
     return path
-
-
-def check_adapter(adapter: str) -> str:
-    """The hash of its weights. Raises ConfigError: not the folder of an adapter, or one with pickled weights."""
-    folder = Path(adapter).expanduser()
-    if missing := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
-        inside = folder / "adapter"
-        hint = f" (a run's is in {inside})" if all((inside / name).is_file() for name in ADAPTER_FILES) else ""
-        raise ConfigError(f"--adapter: {adapter} has no {', '.join(missing)}{hint}")
-    digest = hashlib.sha256()
-    for name in ADAPTER_FILES:
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str | None]:
