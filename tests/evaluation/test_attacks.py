@@ -1,20 +1,25 @@
 """No attack passes under `strict`, harms what is around it, or changes another sample's verdict (`attacks/`)."""
 
+import contextlib
 import os
 import socket
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ibft.evaluation import sandbox
 from ibft.evaluation.judge import Judge, make_judge, why_not_judged
 from ibft.evaluation.python_judge import Verdict
 from ibft.evaluation.sandbox import why_not
 from ibft.evaluation.suites import SUITES
 from ibft.evaluation.verilog_judge import icarus_version
+
+pytestmark = pytest.mark.xdist_group("attacks")  # one after the other: they wait for timeouts, and look at processes
 
 ATTACKS = Path(__file__).with_name("attacks")
 SECRET = "the user's secret"
@@ -64,16 +69,21 @@ def listener():
         yield server.getsockname()[1], came
 
 
-def processes() -> set[str]:
-    """Of the sandbox: pids of all that run its first script."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            text = path.read_bytes()
-        except OSError:
-            continue
-        if b"inside/enter.py" in text or b"sleep\x0060" in text:
-            found.add(path.parent.name)
+@pytest.fixture
+def mine(monkeypatch):
+    """The pids of the sandbox's processes that this test has started: they carry a mark, which Python ignores."""
+    mark = f"mark-{uuid.uuid4().hex}"
+    monkeypatch.setattr(sandbox, "ENTRY", (*sandbox.ENTRY, "-X", mark))
+
+    def found() -> set[str]:
+        pids = set()
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                text = path.read_bytes()
+                if mark.encode() in text or text == b"sleep\x0060\x00":  # what an attack would leave
+                    pids.add(path.parent.name)
+        return pids
+
     return found
 
 
@@ -108,9 +118,8 @@ def attack(name: str, **given: object) -> tuple[dict[str, str], str]:
     return mine, "".join(f"{key} = {value!r}\n" for key, value in given.items()) + text
 
 
-def test_no_attack_passes_harms_or_changes_another_verdict(tier, home, listener, monkeypatch, tmp_path):
+def test_no_attack_passes_harms_or_changes_another_verdict(tier, home, listener, mine, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = processes()
     port, came = listener
     given = {"SECRET_FILE": str(home / "secret"), "OUTSIDE": str(home / "outside"), "PORT": port}
     pairs, names = [], []
@@ -125,11 +134,11 @@ def test_no_attack_passes_harms_or_changes_another_verdict(tier, home, listener,
     assert (home / "secret").read_text() == SECRET
     assert came == []
     assert list(tmp_path.iterdir()) == []
-    assert wait_for(lambda: processes() - before == set())
+    assert wait_for(lambda: mine() == set())
 
 
 @pytest.mark.timeout(3600)
-def test_many_samples_leave_nothing_behind(home, monkeypatch, tmp_path, soaking):
+def test_many_samples_leave_nothing_behind(home, mine, monkeypatch, tmp_path, soaking):
     """Right ones, wrong ones, and attacks that end at once: no process, file, folder or descriptor is left."""
     if reason := why_not_judged():
         pytest.skip(reason)
@@ -138,13 +147,13 @@ def test_many_samples_leave_nothing_behind(home, monkeypatch, tmp_path, soaking)
     given = {"SECRET_FILE": str(home / "secret"), "OUTSIDE": str(home / "outside")}
     kinds = [(task(), RIGHT), (task(), "def f(x):\n    return x\n"), *(attack(name, **given) for name in quick)]
     count = 10_000 if soaking else 80
-    before, open_before = processes(), len(os.listdir("/proc/self/fd"))
+    open_before = len(os.listdir("/proc/self/fd"))
     verdicts = python_judge().all([kinds[i % len(kinds)] for i in range(count)])
     assert [v.passed for v in verdicts] == [i % len(kinds) == 0 for i in range(count)]
     assert list(tmp_path.iterdir()) == []
     assert [path.name for path in home.iterdir()] == ["secret"]
     assert len(os.listdir("/proc/self/fd")) == open_before
-    assert wait_for(lambda: processes() - before == set())
+    assert wait_for(lambda: mine() == set())
 
 
 def test_the_attacks_would_work_without_the_walls(home, listener, monkeypatch):
