@@ -3,6 +3,7 @@
 samples -> one process or two each, in the sandbox -> verdicts, in the order of the samples
 """
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 from ibft.errors import DataError, SetupError
 from ibft.evaluation.answer_judge import judge_answer
 from ibft.evaluation.python_judge import Verdict, job_of, judge_python
-from ibft.evaluation.samples import Sample, read_verdicts
+from ibft.evaluation.samples import Sample
 from ibft.evaluation.sandbox import Sandbox, find_tier
 from ibft.evaluation.suites import Problem, Rule, Suite
 from ibft.evaluation.verilog_judge import VerilogJudge, icarus_version
@@ -33,13 +34,21 @@ class Judge:
     rule: Rule
     one: JudgeOne
     tools: Mapping[str, str]
+    timeout: float
     jobs: int
+
+    def safely(self, problem: Problem, completion: str) -> Verdict:
+        """One sample that cannot be judged (no process can be started, the disk is full) is no end of all others."""
+        try:
+            return self.one(problem, completion)
+        except Exception as error:
+            return Verdict(False, f"not judged: {type(error).__name__}: {error}"[:300])
 
     def all(self, pairs: Sequence[tuple[Problem, str]]) -> Iterator[Verdict]:
         """In order, as they are ready. Left early, what has not begun is not begun."""
         pool = ThreadPoolExecutor(self.jobs)  # threads suffice: each only waits for its processes
         try:
-            yield from pool.map(lambda pair: self.one(*pair), pairs)
+            yield from pool.map(lambda pair: self.safely(*pair), pairs)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -60,7 +69,7 @@ def make_judge(
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected 1 or more")
     if suite.name == "gsm8k":
-        return Judge(suite, rule, partial(judge_answer, rule=rule), {}, jobs)
+        return Judge(suite, rule, partial(judge_answer, rule=rule), {}, timeout, jobs)
     icarus = icarus_version() if suite.name == "verilogeval-v1" else ""
     if icarus is None:
         raise SetupError(
@@ -69,12 +78,12 @@ def make_judge(
     sandbox = Sandbox(find_tier(allow_limits=allow_limits))
     tools = {"sandbox": sandbox.tier} | ({"icarus": icarus} if icarus else {})
     if icarus:
-        return Judge(suite, rule, partial(VerilogJudge(sandbox, timeout).judge, rule=rule), tools, jobs)
+        return Judge(suite, rule, partial(VerilogJudge(sandbox, timeout).judge, rule=rule), tools, timeout, jobs)
 
     def one(problem: Problem, completion: str) -> Verdict:
         return judge_python(sandbox, job_of(suite.name, problem, completion), rule, timeout)
 
-    return Judge(suite, rule, one, tools, jobs)
+    return Judge(suite, rule, one, tools, timeout, jobs)
 
 
 def judge_tasks(
@@ -126,14 +135,15 @@ def judge_file(
     Raises:
         DataError: `out` holds verdicts of other samples, or by another rule.
     """
-    rows = kept_verdicts(judge, samples, out)
+    heads = [head_of(judge, problems[sample.task_id], sample) for sample in samples]
+    rows = kept_verdicts(heads, out)
     left = samples[len(rows) :]
     pairs = [(problems[sample.task_id], sample.completion) for sample in left if not sample.fault]
     verdicts = judge.all(pairs)
     with out.open("a", encoding="utf-8") as file:
-        for sample in left:
+        for sample, head in zip(left, heads[len(rows) :], strict=True):
             verdict = Verdict(False, sample.fault) if sample.fault else next(verdicts)
-            row = head_of(judge, sample) | sample.rest | {"passed": verdict.passed, "result": verdict.result}
+            row = head | sample.rest | {"passed": verdict.passed, "result": verdict.result}
             file.write(json.dumps(row) + "\n")
             file.flush()
             rows.append(row)
@@ -142,27 +152,37 @@ def judge_file(
     return rows
 
 
-def head_of(judge: Judge, sample: Sample) -> dict[str, Any]:
+def head_of(judge: Judge, problem: Problem, sample: Sample) -> dict[str, Any]:
+    """Of a verdict: all that it depends on."""
+    text = json.dumps(problem, sort_keys=True).encode()
     return {
         "task_id": sample.task_id, "line": sample.line, "sha256": sample.sha256,
-        "suite": judge.suite.name, "rule": judge.rule, **judge.tools,
+        "problem_sha256": hashlib.sha256(text).hexdigest()[:16],
+        "suite": judge.suite.name, "rule": judge.rule, "timeout": judge.timeout, **judge.tools,
     }  # fmt: skip
 
 
-def kept_verdicts(judge: Judge, samples: Sequence[Sample], out: Path) -> list[dict[str, Any]]:
-    """Those of an earlier run, which must be those of the first samples; a torn last line is cut off the file."""
+def kept_verdicts(heads: Sequence[Mapping[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Those of an earlier run, which must be those of the first samples; half a last line is cut off the file, once all
+    before it are known to be verdicts of these."""
     if not out.exists():
         return []
     text = out.read_bytes()
-    if not text.endswith(b"\n"):
+    whole = text[: text.rfind(b"\n") + 1]
+    other = f"{out} holds something else than verdicts on these samples, or by another rule"
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(whole.splitlines()):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        head = heads[number] if number < len(heads) else {"line": None}
+        if not isinstance(row, dict) or any(row.get(name) != value for name, value in head.items()):
+            raise DataError(f"{other} (line {number + 1}); name another file with --out")
+        rows.append(row)
+    if len(text) > len(whole):
+        if len(rows) == len(heads) or not text[len(whole) :].startswith(b'{"task_id": '[: len(text) - len(whole)]):
+            raise DataError(f"{other} (its end); name another file with --out")
         with out.open("r+b") as file:
-            file.truncate(text.rfind(b"\n") + 1)
-    rows = read_verdicts(str(out))
-    same = ("task_id", "line", "sha256", "suite", "rule")
-    for number, row in enumerate(rows):
-        expected = head_of(judge, samples[number]) if number < len(samples) else {}
-        if any(row.get(name) != expected.get(name) for name in same):
-            raise DataError(
-                f"{out}, line {number + 1}: a verdict of another sample or rule; name another file with --out"
-            )
+            file.truncate(len(whole))
     return rows

@@ -40,8 +40,16 @@ def run_judge(
         check_canonical(judge, list(tasks.values()), console)
     if samples is None:
         return
-    found, faults = read_samples(samples, tasks)
     path = Path(out)
+    for option, name in (("--samples", samples), ("--problems", problems)):
+        if (
+            name is not None
+            and path.exists()
+            and Path(name).expanduser().exists()
+            and path.samefile(Path(name).expanduser())
+        ):
+            raise ConfigError(f"--out: got {out}, which is the file of {option}")
+    found, faults = read_samples(samples, tasks)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with console.progress("judged", len(found)) as advance:
@@ -51,6 +59,8 @@ def run_judge(
     passed = sum(row["passed"] for row in rows)
     share = f" ({passed / len(rows):.1%})" if rows else ""
     console.line(f"{passed} of {len(rows)} samples pass{share}; verdicts: {out}")
+    if lost := sum(row["result"].startswith("not judged") for row in rows):
+        console.notice(f"{lost} of them could not be judged, which counts as failed: see their result")
     for fault in faults[:SHOWN]:
         print(f"{samples}, {fault}", file=sys.stderr)
     if faults:

@@ -17,7 +17,7 @@ import os
 import secrets
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,23 +53,33 @@ def job_of(suite: str, problem: Problem, completion: str) -> Job:
     if suite == "mbpp":
         before = "\n".join([*(problem.get("test_imports") or []), problem.get("test_setup_code") or ""])
         test = "\n".join(problem["test_list"])
-        return Job(completion, before, f"{before}\n{test}", "", free_names(before, test))
+        return Job(completion, before, f"{before}\n{test}", "", free_names(before, test, defined(problem.get("code"))))
     name = problem["entry_point"]
     if suite == "humaneval":
         return Job(problem["prompt"] + completion, problem["prompt"], problem["test"], f"check({name})", [name])
     return Job(completion, problem.get("before") or "", problem["test"], f"check({name})", [name])
 
 
-def free_names(before: str, test: str) -> list[str]:
+def defined(code: object) -> set[str]:
+    """Names of the functions and classes at the top of a reference solution."""
+    try:
+        nodes = ast.parse(code if isinstance(code, str) else "").body
+    except (SyntaxError, ValueError):
+        return set()
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def free_names(before: str, test: str, asked: Collection[str] = ()) -> list[str]:
     """What the test takes from the program: names that it reads, and that neither it nor `before` nor Python defines.
 
-    Tests that are no Python have none: they fail when they are run.
+    asked: names that the problem asks for, those of Python's own among them; no other of those is the program's, or it
+    could replace what the test relies on. Tests that are no Python have none: they fail when they are run.
     """
     try:
         nodes = [node for text in (before, test) for node in ast.walk(ast.parse(text))]
     except (SyntaxError, ValueError):
         return []
-    bound = set(dir(builtins))
+    bound = set(dir(builtins)) - set(asked)
     read: dict[str, None] = {}
     for node in nodes:
         if isinstance(node, ast.Name):

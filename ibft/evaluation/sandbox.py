@@ -32,6 +32,8 @@ Tier = Literal["bubblewrap", "namespaces", "limits"]
 INSIDE = Path(__file__).with_name("inside")
 MIB = 1 << 20
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/nix/store")
+COVERED = ("/proc/sys", "/proc/irq", "/proc/bus", "/proc/acpi", "/proc/scsi")  # of the host: root could write there
+SCRATCH = str(64 * MIB)
 HOME = "/ibft-sample"  # of a program: a name that hides nothing that it needs
 DEVICES = ("null", "zero", "random", "urandom")
 ENTRY = (sys.executable and os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8")
@@ -108,18 +110,21 @@ class Sandbox:
             return []
         links = [path for path in SYSTEM if os.path.islink(path)]
         bound = [path for path in (*SYSTEM, *self.readable) if os.path.exists(path) and path not in links]
+        covered = [path for path in COVERED if os.path.isdir(path)]
         if self.tier == "bubblewrap":
             return [
                 shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--die-with-parent",
                 "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox",
-                "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp",
+                "--proc", "/proc", *(word for path in covered for word in ("--tmpfs", path, "--remount-ro", path)),
+                "--dev", "/dev", "--size", SCRATCH, "--tmpfs", "/dev/shm", "--size", SCRATCH, "--tmpfs", "/tmp",
                 *(word for path in bound for word in ("--ro-bind", path, path)),
                 *(word for path in links for word in ("--symlink", os.readlink(path), path)),
-                "--bind", str(folder), HOME, "--chdir", HOME, "--",
+                "--bind", str(folder), HOME, "--chdir", HOME, "--remount-ro", "/dev", "--remount-ro", "/", "--",
             ]  # fmt: skip
         script = ROOM.format(
             bound=" ".join(map(shlex.quote, bound)), links=" ".join(map(shlex.quote, links)),
-            devices=" ".join(DEVICES), folder=shlex.quote(str(folder)), home=HOME,
+            devices=" ".join(DEVICES), covered=" ".join(covered), scratch=SCRATCH,
+            folder=shlex.quote(str(folder)), home=HOME,
         )  # fmt: skip
         namespaces = (
             "--user",
@@ -143,7 +148,7 @@ cd {folder}/../root
 mount -t tmpfs -o size=4m tmpfs .
 cd ../root
 mkdir -p proc dev tmp .{home} old
-mount -t tmpfs -o size=64m,mode=1777 tmpfs tmp
+mount -t tmpfs -o size={scratch},mode=1777 tmpfs tmp
 for path in {bound}; do
   if [ -d "$path" ]; then mkdir -p ".$path"; else mkdir -p ".$(dirname "$path")"; : > ".$path"; fi
   mount --rbind "$path" ".$path"
@@ -152,6 +157,8 @@ done
 for path in {links}; do cp -P "$path" ".$path"; done
 for name in {devices}; do : > "dev/$name"; mount --bind "/dev/$name" "dev/$name"; done
 mount -t proc proc proc
+for path in {covered}; do mount -t tmpfs -o ro,size=4k tmpfs ".$path"; done
+[ ! -e proc/sysrq-trigger ] || mount --bind /dev/null proc/sysrq-trigger
 mount --bind {folder} .{home}
 pivot_root . old
 umount -l old
@@ -234,16 +241,11 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def remove(folder: str) -> None:
-    """Also what a program has made unreadable."""
-
-    def again(function: object, path: str, _: object) -> None:
-        with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(path), 0o700)
-            os.chmod(path, 0o700)
-            shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
-
-    shutil.rmtree(folder, onerror=again)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Also what a program has made unreadable, or nested deeper than Python can recurse: `rm` can."""
+    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+        subprocess.run([*command, "--", folder], stderr=subprocess.DEVNULL, check=False)
+        if not os.path.lexists(folder):
+            return
 
 
 def find_tier(*, allow_limits: bool = False) -> Tier:

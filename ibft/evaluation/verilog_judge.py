@@ -9,6 +9,7 @@ strict    warnings are allowed, and so is a `$display`; what must hold is that t
             so that no hierarchical name of the design reaches them;
           - the design's system tasks and functions are those that compute or print: none ends the simulation, opens a
             file or draws from the test bench's random numbers;
+          - what is compiled is what was judged: all macros expanded, comments left out, no other directive left;
           - it forces nothing: an input that it forces would be forced for the reference too. (Driven otherwise, it is
             not: the suite's test benches keep all inputs in variables.)
 """
@@ -17,9 +18,9 @@ import math
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 
 from ibft.evaluation.python_judge import Verdict, ended_badly
 from ibft.evaluation.sandbox import MIB, Ended, Limits, Sandbox, version
@@ -28,10 +29,13 @@ from ibft.evaluation.suites import Problem, Rule
 COMPILE = ("-Wall", "-Winfloop", "-Wno-timescale", "-g2012")
 MISMATCHES = re.compile(r"Mismatches: ([0-9]*) in ([0-9]*) samples")
 REPORT = '"Mismatches: %1d in %1d samples"'
+EXPANDED_BYTES = 4 * MIB
+DIRECTIVES = frozenset({"`timescale", "`default_nettype", "`resetall", "`celldefine", "`endcelldefine"})
+FORCING = frozenset({"force", "release"})
 RENAMED = frozenset({"tb", "reference_module", "stimulus_gen", "stim1", "good1", "top_module1"})
 TOKEN = re.compile(
     r"""(?P<space>\s+|//[^\n]*|/\*.*?(?:\*/|\Z))
-      | (?P<text>"(?:\\.|[^"\\])*(?:"|\Z))
+      | (?P<text>"(?:\\.|[^"\\\n])*")
       | (?P<escaped>\\[^\s]+)
       | (?P<system>\$[A-Za-z0-9_$]+)
       | (?P<directive>`[A-Za-z_][\w$]*)
@@ -63,8 +67,7 @@ class VerilogJudge:
 
     sandbox: Sandbox
     timeout: float
-    samples: dict[str, int | str] = field(default_factory=dict)
-    lock: Lock = field(default_factory=Lock)
+    samples: dict[str, int] = field(default_factory=dict)
 
     def judge(self, problem: Problem, completion: str, rule: Rule) -> Verdict:
         try:
@@ -73,13 +76,13 @@ class VerilogJudge:
             return Verdict(False, f"failed: not UTF-8 text: {error.reason}")
         if rule == "official":
             return self.official(problem, completion)
-        with self.lock:  # of one problem the reference runs once; the rest is done at once
-            if problem["task_id"] not in self.samples:
-                self.samples[problem["task_id"]] = self.reference_samples(problem)
-        expected = self.samples[problem["task_id"]]
-        if isinstance(expected, str):
-            return Verdict(False, f"not judged: the reference solution itself fails here: {expected}")
-        return self.strict(problem, completion, expected)
+        name = problem["task_id"]
+        if name not in self.samples:
+            found = self.reference_samples(problem)
+            if isinstance(found, str):
+                return Verdict(False, f"not judged: the reference solution itself fails here: {found}")
+            self.samples[name] = found
+        return self.strict(problem, completion, self.samples[name])
 
     def official(self, problem: Problem, completion: str) -> Verdict:
         made = self.simulate(f"{problem['test']}\n{problem['prompt']}\n{completion}", "tb")
@@ -98,48 +101,51 @@ class VerilogJudge:
 
     def reference_samples(self, problem: Problem) -> int | str:
         """How many samples the test bench compares with the reference solution; or why it does not pass."""
-        bench = Bench(problem)
-        made = self.simulate(bench.file(f"{problem['prompt']}\n{problem['canonical_solution']}"), bench.top)
-        if isinstance(made, str):
-            return made
-        found = bench.verdict(made)
+        found = self.counted(problem, problem["canonical_solution"])
         if isinstance(found, str):
             return found
         wrong, total = found
         return total if wrong == 0 and total > 0 else f"{wrong} mismatches in {total} samples"
 
     def strict(self, problem: Problem, completion: str, expected: int) -> Verdict:
-        design = f"{problem['prompt']}\n{completion}"
-        if fault := self.forbidden(design):
-            return Verdict(False, f"failed: {fault}")
-        bench = Bench(problem)
-        made = self.simulate(bench.file(design), bench.top)
-        if isinstance(made, str):
-            return Verdict(False, made)
-        found = bench.verdict(made)
+        found = self.counted(problem, completion)
         if isinstance(found, str):
-            return Verdict(False, f"failed: {found}")
+            return Verdict(False, found)
         wrong, total = found
         if total != expected:
             return Verdict(False, f"failed: {total} samples were compared, {expected} with the reference solution")
         return Verdict(True, "passed") if wrong == 0 else Verdict(False, f"failed: {wrong} out of {total} samples.")
 
-    def forbidden(self, design: str) -> str:
-        """What the design uses and may not; empty where there is nothing. Judged as compiled, with macros expanded."""
-        if "`include" in [text for kind, text in tokens(design) if kind == "directive"]:
-            return "it includes a file"
+    def counted(self, problem: Problem, completion: str) -> tuple[int, int] | str:
+        """(wrong, compared) samples by the strict rule; or why there is no such count."""
+        bench = Bench()
+        border = f"border_{secrets.token_hex(16)}"
+        expanded = self.expanded(f"{problem['test']}\n{border}\n{problem['prompt']}\n{completion}")
+        if expanded is None:
+            return "failed: it cannot be preprocessed"
+        test, _, design = expanded.partition(border)  # the first: whatever the design includes comes after it
+        text, faults = checked(design)
+        if faults:
+            return f"failed: it uses {', '.join(faults)}"
+        made = self.simulate(bench.renamed(test) + text, bench.top)
+        if isinstance(made, str):
+            return made
+        found = bench.verdict(made)
+        return f"failed: {found}" if isinstance(found, str) else found
+
+    def expanded(self, text: str) -> str | None:
+        """What the compiler's preprocessor makes of it; None where it fails, or makes more than EXPANDED_BYTES."""
+        limits = Limits(cpu_seconds=math.ceil(self.timeout) + 1, file_bytes=EXPANDED_BYTES, processes=64)
         with self.sandbox.folder() as folder:
-            Path(folder, "design.sv").write_text(design, encoding="utf-8")
-            command = [tool("iverilog"), "-E", "-g2012", "-o", "expanded.sv", "design.sv"]
-            made = self.sandbox.run(command, folder, self.compiler_limits(), timeout=self.timeout, output_bytes=MIB)
-            expanded = folder / "expanded.sv"
-            if made.killed or made.returncode != 0 or not expanded.is_file() or expanded.is_symlink():
-                return made.killed or "it cannot be preprocessed"
-            text = expanded.read_text(encoding="utf-8", errors="replace")
-        parts = tokens(text)
-        used = {text for kind, text in parts if kind == "system"} - HARMLESS
-        used |= {text for kind, text in parts if kind == "name" and text in ("force", "release")}
-        return f"it uses {', '.join(sorted(used))}" if used else ""
+            Path(folder, "task.sv").write_text(text, encoding="utf-8")
+            command = [tool("iverilog"), "-E", "-g2012", "-o", "expanded.sv", "task.sv"]
+            made = self.sandbox.run(command, folder, limits, timeout=self.timeout, output_bytes=MIB)
+            out = folder / "expanded.sv"
+            if made.killed or made.returncode != 0 or out.is_symlink() or not out.is_file():
+                return None
+            if out.stat().st_size >= EXPANDED_BYTES:
+                return None
+            return out.read_text(encoding="utf-8", errors="replace")
 
     def simulate(self, text: str, top: str) -> Ended | str:
         """Both tools' words in one; where the first fails or the second is stopped, what happened."""
@@ -165,9 +171,8 @@ class VerilogJudge:
 
 @dataclass
 class Bench:
-    """A problem's test bench under secret names. Each has its own."""
+    """Secret names and a secret word for a test bench, drawn after its file and the design's are preprocessed."""
 
-    problem: Problem
     names: str = field(default_factory=lambda: secrets.token_hex(8))
     secret: str = field(default_factory=lambda: secrets.token_hex(16))  # another: `%m` tells a design the names
 
@@ -175,13 +180,9 @@ class Bench:
     def top(self) -> str:
         return f"tb_{self.names}"
 
-    def file(self, design: str) -> str:
-        parts = [
-            f"{text}_{self.names}" if kind == "name" and text in RENAMED else text
-            for kind, text in tokens(self.problem["test"])
-        ]
-        text = "".join(parts).replace(REPORT, f'"{self.secret} %1d %1d\\n"')
-        return f"{text}\n{design}"
+    def renamed(self, test: str) -> str:
+        parts = [f"{text}_{self.names}" if kind == "name" and text in RENAMED else text for kind, text in tokens(test)]
+        return "".join(parts).replace(REPORT, f'"{self.secret} %1d %1d\\n"')
 
     def verdict(self, made: Ended) -> tuple[int, int] | str:
         """(wrong, compared) samples, by the one line that only the test bench can have written."""
@@ -191,9 +192,39 @@ class Bench:
         return int(found[0][0]), int(found[0][1])
 
 
-def tokens(text: str) -> list[tuple[str, str]]:
+def checked(design: str) -> tuple[str, list[str]]:
+    """(the preprocessed design without its comments, what it uses and may not, sorted).
+
+    Icarus takes `\\$name` for the system task, ends an escaped name at a control character, and leaves out the rest
+    of a line after directives that it does not know: none of the three may be there.
+    """
+    faults = set()
+    parts = []
+    for kind, text in tokens(design):
+        if kind == "space":
+            parts.append(" " if text.startswith("/") else text)
+            if not text.startswith("/") and set(text) - set(" \t\n\r"):
+                faults.add("a control character")
+            continue
+        parts.append(text)
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+            faults.add("a control character")
+        if (
+            (kind == "system" and text not in HARMLESS)
+            or (kind == "escaped" and text.startswith("\\$"))
+            or (kind == "directive" and text not in DIRECTIVES)
+            or (kind == "name" and text in FORCING)
+        ):
+            faults.add(text)
+        if kind == "other" and text in '"`\\':
+            faults.add(f"a stray {text}")
+    return "".join(parts), sorted(faults)
+
+
+def tokens(text: str) -> Iterator[tuple[str, str]]:
     """(kind, text) of each token of Verilog, spaces and comments too."""
-    return [(str(found.lastgroup), found[0]) for found in TOKEN.finditer(text)]
+    for found in TOKEN.finditer(text):
+        yield str(found.lastgroup), found[0]
 
 
 def tool(name: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ibft.cli import app
+from ibft.evaluation.python_judge import Verdict
 from ibft.evaluation.samples import LONGEST
 
 ROOT = Path(__file__).parents[2]
@@ -54,10 +55,10 @@ def test_verdicts_keep_what_the_samples_said(problems, tmp_path):
     assert "1 of 2 samples pass (50.0%)" in result.output
     first, second = rows_of(tmp_path / "v.jsonl")
     assert first.pop("sandbox") == second["sandbox"]
-    assert len(first.pop("sha256")) == 16
+    assert len(first.pop("sha256")) == len(first.pop("problem_sha256")) == 16
     assert first == {
         "task_id": "t/0", "line": 1,
-        "suite": "jsonl-tests", "rule": "strict", "sample": 0, "temperature": 0.2, "seed": 5,
+        "suite": "jsonl-tests", "rule": "strict", "timeout": 5.0, "sample": 0, "temperature": 0.2, "seed": 5,
         "passed": True, "result": "passed",
     }  # fmt: skip
     assert (second["passed"], second["result"]) == (False, "failed: AssertionError: ")
@@ -141,13 +142,59 @@ def test_verdicts_of_others_are_not_gone_on_with(problems, tmp_path):
     before = out.read_bytes()
     assert judge(problems, "--samples", samples, "-o", out).exit_code == 0
     assert out.read_bytes() == before
-    for arguments in (["--rule", "official"], []):
+    for arguments in (["--rule", "official"], ["--timeout", "4"], []):
         if not arguments:
             write(samples, [right(1), right(1)])
         result = judge(problems, "--samples", samples, "-o", out, *arguments)
         assert result.exit_code == 3
-        assert "line 1: a verdict of another sample or rule" in result.output
+        assert "(line 1); name another file with --out" in result.output
         assert out.read_bytes() == before
+
+
+def test_verdicts_on_other_tests_are_not_gone_on_with(problems, tmp_path):
+    samples, out = write(tmp_path / "s.jsonl", [right(0)]), tmp_path / "v.jsonl"
+    assert judge(problems, "--samples", samples, "-o", out).exit_code == 0
+    write(problems, [TASKS[0] | {"test": "def check(candidate):\n    assert False"}])
+    result = judge(problems, "--samples", samples, "-o", out)
+    assert (result.exit_code, "(line 1)" in result.output) == (3, True)
+
+
+@pytest.mark.parametrize("text", ["my notes, no newline at end", '{"mine": 1}', "a\nb", "\n"])
+def test_a_file_of_something_else_is_left_as_it_is(problems, tmp_path, text):
+    samples, out = write(tmp_path / "s.jsonl", [right(0)]), tmp_path / "notes.txt"
+    out.write_text(text)
+    result = judge(problems, "--samples", samples, "-o", out)
+    assert (result.exit_code, "name another file with --out" in result.output) == (3, True)
+    assert out.read_text() == text
+
+
+def test_samples_and_problems_are_not_written_over(problems, tmp_path):
+    samples = tmp_path / "s.jsonl"
+    samples.write_text(json.dumps(right(0)))
+    for out, option in ((samples, "--samples"), (problems, "--problems")):
+        before = out.read_text()
+        result = judge(problems, "--samples", samples, "-o", out)
+        assert (result.exit_code, f"which is the file of {option}" in result.output) == (2, True)
+        assert out.read_text() == before
+
+
+def test_a_sample_that_cannot_be_judged_does_not_end_the_others(problems, tmp_path, monkeypatch):
+    def fails(sandbox, job, *_):
+        if "x + 1" in job.program:
+            raise OSError(28, "No space left on device")
+        return Verdict(True, "passed")
+
+    monkeypatch.setattr("ibft.evaluation.judge.judge_python", fails)
+    samples, out = write(tmp_path / "s.jsonl", [right(0), right(1), right(2)]), tmp_path / "v.jsonl"
+    result = judge(problems, "--samples", samples, "-o", out)
+    assert result.exit_code == 0
+    assert "1 of them could not be judged" in result.output
+    found = [(row["passed"], row["result"]) for row in rows_of(out)]
+    assert found == [
+        (True, "passed"),
+        (False, "not judged: OSError: [Errno 28] No space left on device"),
+        (True, "passed"),
+    ]
 
 
 def test_check_lists_what_cannot_pass(tmp_path):

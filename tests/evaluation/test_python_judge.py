@@ -240,6 +240,7 @@ def test_names_that_a_test_takes_from_the_program():
     test = "assert f(g(1), len([])) == x\nfor i in range(3):\n    assert h(i)\nassert all(k(y) for y in [1])"
     assert sorted(free_names("import math\nx = 1", test)) == ["f", "g", "h", "k"]
     assert free_names("", "assert (") == []
+    assert free_names("", "assert sum(1, 2) == len([1])", {"sum"}) == ["sum"]
 
 
 MBPP = {
@@ -253,6 +254,18 @@ def test_mbpp(rule):
     judge = make_judge(SUITES["mbpp"], rule, allow_limits=True)
     wrong = "def add(a, b):\n    return 3"
     assert [v.passed for v in judge.all([(MBPP, MBPP["code"]), (MBPP, wrong), (MBPP, "")])] == [True, False, False]
+
+
+def test_mbpp_functions_named_like_pythons_own():
+    """The program's, where the problem asks for it; no other: a program's own `len` does not measure its answer."""
+    problem = {
+        "task_id": "1",
+        "code": "def sum(a, b):\n    return a + b",
+        "test_list": ["assert sum(1, 2) == len('abc')"],
+    }
+    judge = make_judge(SUITES["mbpp"], "strict", allow_limits=True)
+    cheat = "def sum(a, b):\n    return 0\ndef len(x):\n    return 0"
+    assert [v.passed for v in judge.all([(problem, problem["code"]), (problem, cheat)])] == [True, False]
 
 
 TASK = {"task_id": "t/0", "entry_point": "f", "test": "def check(candidate):\n    assert candidate(2) == 3"}

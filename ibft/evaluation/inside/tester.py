@@ -20,9 +20,18 @@ class CandidateFault(BaseException):
     """Not an Exception: a test that catches all of those must not take it for an answer."""
 
 
+ENDING = (StopIteration, StopAsyncIteration)  # raised anew, they would end a loop of the test's early
+
+
 class Candidate:
+    """faults: what no test may pass over, not by a bare `except` either."""
+
     def __init__(self, calls, answers):
-        self.calls, self.answers = calls, answers
+        self.calls, self.answers, self.faults = calls, answers, []
+
+    def fault(self, text):
+        self.faults.append(CandidateFault(text[:300]))
+        return self.faults[-1]
 
     def ask(self, *message):
         """(value, arguments); raises what the candidate raised, as the nearest built-in exception."""
@@ -32,20 +41,20 @@ class Candidate:
             if not isinstance(reply, dict):
                 raise wire.Closed("a frame of another kind")
             if "unsendable" in reply:
-                raise CandidateFault(f"it returned {str(reply['unsendable'])[:200]}, which the test cannot be given")
+                raise self.fault(f"it returned {str(reply['unsendable'])[:200]}, which the test cannot be given")
             if "error" in reply:
                 nearest, name, text = map(str, reply["error"])
                 kind = getattr(builtins, nearest, None)
-                if not (isinstance(kind, type) and issubclass(kind, Exception)):
-                    raise CandidateFault(f"{name}: {text}"[:300])  # SystemExit and its like
+                if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, ENDING):
+                    raise self.fault(f"{name}: {text}")  # SystemExit and its like
                 raise _made(kind, name, text)
             return reply["value"], reply["arguments"]
         except wire.Closed as error:
-            raise CandidateFault(str(error)[:300]) from None
+            raise self.fault(str(error)) from None
         except (KeyError, TypeError, ValueError) as error:
             if hasattr(error, "of_the_candidate"):
                 raise
-            raise CandidateFault("a frame of another kind") from None
+            raise self.fault("a frame of another kind") from None
 
     def get(self, name):
         return self.decode(self.ask("get", name)[0])
@@ -54,14 +63,14 @@ class Candidate:
         try:
             return wire.decode(data, self.function)
         except wire.Closed as error:
-            raise CandidateFault(str(error)[:300]) from None
+            raise self.fault(str(error)) from None
 
     def function(self, number):
         def call(*arguments, **named):
             try:
                 sent = wire.encode(arguments), wire.encode(named)
             except wire.NotPlain as error:
-                raise CandidateFault(f"the test passes {error}, which the candidate cannot be given") from None
+                raise self.fault(f"the test passes {error}, which the candidate cannot be given") from None
             value, after = self.ask("call", number, *sent)
             for given, now in zip(arguments, self.decode(after), strict=False):
                 wire.refill(given, now)
@@ -100,6 +109,8 @@ def main():
             setattr(module, name, candidate.get(name))
         run(job["test"], module)
         run(job["call"], module)
+        if candidate.faults:
+            raise candidate.faults[0]
         verdict = {"passed": True, "result": "passed"}
     except BaseException as error:
         verdict = {"passed": False, "result": describe(error)[:300]}

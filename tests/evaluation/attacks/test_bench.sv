@@ -1,3 +1,4 @@
+`define OK 12
 `timescale 1 ps/1 ps
 module reference_module (input [3:0] a, output [3:0] q);
 	assign q = a + 1;

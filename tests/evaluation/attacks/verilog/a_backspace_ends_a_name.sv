@@ -1,0 +1,3 @@
+assign q = 1;
+initial begin : \blkforce a = 0; end
+endmodule

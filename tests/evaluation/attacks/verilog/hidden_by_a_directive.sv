@@ -1,0 +1,5 @@
+assign q = 1;
+`uselib /*
+initial force a = 0;
+`uselib */
+endmodule

@@ -1,0 +1,5 @@
+assign q = 1;
+`ifdef OK
+initial force a = 0;
+`endif
+endmodule
