@@ -21,7 +21,7 @@ train: $(READY)
 	$(PY) -m ibft.cli train $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 soak: $(READY)
 	$(PY) -m pytest -m "not gpu" --hypothesis-profile=soak --durations=10 -v $(ARGS) 2>&1 | $(PY) tests/soak_log.py

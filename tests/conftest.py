@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # cuBLAS refuses to run under torch.use_deterministic_algorithms (which poisons memory in tests/ops) without it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, as of this one below
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -24,6 +25,23 @@ _common = {
 settings.register_profile("default", max_examples=25, **_common)
 settings.register_profile("soak", max_examples=500, **_common)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`make test` has two processes. A file of tests stays in one of them, and all files that start sandboxes stay
+    together: some of those tests look for any that are left. (xdist 3.8 reads no groups from pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            sandboxes = file.startswith("tests/evaluation/") or file in ("tests/test_cli.py", "tests/test_estimate.py")
+            return "sandboxes" if sandboxes else file
+
+    config.option.loadscopereorder = False  # or files of one test come last, which take the longest
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

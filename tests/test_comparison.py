@@ -1,13 +1,16 @@
 """The benchmarks' own machinery: what is wrong is not timed, what does not fit is a row, ratios are paired by round."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness import comparison, result_rows
+from benchmarks.harness import comparison, machine, result_rows
 from benchmarks.harness.comparison import Comparison, Found, rotations
 from benchmarks.harness.peak_memory import peaks_mib
 from benchmarks.harness.providers import Provider, compiled, cut_cross_entropy, liger, unsloth
@@ -93,6 +96,32 @@ def test_low_precision_is_held_to_the_fp32_truth():
 
     found = a_comparison(providers, dtype=torch.bfloat16, inputs=inputs).measure([*providers], CPU)
     assert {name: one.result for name, one in found.items()} == {"eager": "ok", "ours": "ok", "far": "incorrect"}
+
+
+def test_the_truth_of_16_bits_is_the_reference_in_fp32():
+    """Of a reference that loses most of its bits: what it should have been passes, and its own result is no truth."""
+
+    def lossy(t):
+        return ((t["x"] + 256) - 256,)
+
+    def inputs(_):
+        return {"x": torch.randn(64, 8).to(torch.bfloat16)}
+
+    providers = {
+        "eager": Provider(lossy),
+        "exact": Provider(lambda t: (t["x"] * 1,)),
+        "far": Provider(lambda t: (-t["x"],)),
+    }
+    made = a_comparison(providers, dtype=torch.bfloat16, inputs=inputs)
+    drawn = inputs(None)
+    ((truth,), (allowed,)) = made.truth(drawn, CPU)
+    x = drawn["x"].float()
+    torch.testing.assert_close(truth, x, rtol=0, atol=256 * 2**-23)
+    own_error = float((lossy(drawn)[0].float() - x).norm())
+    assert own_error > 0.3 * x.norm()
+    assert allowed == pytest.approx(own_error + 5e-3 * float(x.norm()), rel=1e-3)
+    found = made.measure([*providers], CPU)
+    assert {name: one.result for name, one in found.items()} == {"eager": "ok", "exact": "ok", "far": "incorrect"}
 
 
 def test_out_of_memory_and_failure_are_rows_and_ours_may_not_fail():
@@ -319,6 +348,45 @@ def test_peaks_are_of_the_call_alone():
     assert resident < 40
 
 
+class Work(TorchDispatchMode):
+    """What goes in and out of the calls below it: bytes read and written by copies, FLOP of products."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default:
+            self.bytes += args[0].nbytes + args[1].nbytes
+        elif func is torch.ops.aten.mm.out:
+            (m, k), n = args[0].shape, args[1].shape[1]
+            self.flop += 2 * m * k * n
+        return out
+
+
+@pytest.mark.parametrize("kind", ["bytes", "flop"])
+def test_ceilings_are_the_work_of_a_call_by_its_time(monkeypatch, kind):
+    """Of the calls after the first three, which warm up; the clock is made up."""
+    done = []
+
+    def timed_ms(calls, device):
+        if not done:
+            with Work() as work:
+                calls[0]()
+            done.append(getattr(work, kind))
+        else:
+            done.append(None)
+        return 9000.0 if len(done) <= 3 else 250.0
+
+    monkeypatch.setattr(machine, "timed_ms", timed_ms)
+    monkeypatch.setattr(machine, "_copy_rate", machine._copy_rate.__wrapped__)  # made-up rates are not kept
+    rate = machine.copy_rate(CPU) if kind == "bytes" else machine.matmul_rate.__wrapped__(CPU, torch.float32)
+    assert len(done) > 10
+    assert done[0] > 1e8
+    assert rate == pytest.approx(done[0] / 0.25)
+
+
 FAULTS = """
 import ctypes, resource, torch
 from benchmarks.harness.machine import back_heap, keep_freed_memory
@@ -376,12 +444,47 @@ def test_rows_keep_the_last_two_of_a_key(tmp_path, monkeypatch):
     assert [row["op"] for row in result_rows.read(path)] == ["b"]  # other columns: other code
 
 
-def test_the_commit_is_that_of_the_measured_code():
+def test_percentiles():
     assert result_rows.percentiles([]) == {}
     assert result_rows.percentiles([4.0, 1.0, 2.0, 3.0])["p50_ms"] == "2.5"
-    found = result_rows.commit()
-    assert found
-    assert "\n" not in found
+
+
+def test_the_commit_is_the_last_one_of_the_measured_code(tmp_path, monkeypatch):
+    """Not HEAD, and "-dirty" where that code has been changed since: an edit or a new file, but no prose or figure."""
+    monkeypatch.setattr(result_rows, "ROOT", tmp_path)
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)  # as within a hook
+
+    def write(path, text):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def committed(path, text):
+        write(path, text)
+        git("add", path)
+        git("commit", "-q", "-m", path)
+        return git("rev-parse", "HEAD")
+
+    git("init", "-q")
+    for path in ("ibft/a.py", "kernels/ops/k.py", "benchmarks/steps/s.py", "kernels/launch/l.json"):
+        last = committed(path, "1")
+        assert last.startswith(result_rows.commit())
+        assert len(result_rows.commit()) >= 7
+    for path in ("README.md", "benchmarks/report/p.py", "benchmarks/results/r.csv", "tests/t.py"):
+        assert not committed(path, "1").startswith(result_rows.commit())
+        write(path, "2")
+        assert last.startswith(result_rows.commit())
+    clean = result_rows.commit()
+    for path, before in (("ibft/a.py", "1"), ("kernels/launch/l.json", "1"), ("ibft/new.py", None)):
+        write(path, "2")
+        assert result_rows.commit() == f"{clean}-dirty", path
+        write(path, before) if before else (tmp_path / path).unlink()
+        assert result_rows.commit() == clean
 
 
 def test_without_git_the_commit_is_a_hash_of_the_code(tmp_path, monkeypatch):
@@ -435,7 +538,7 @@ def run_pytest(folder, *options):
 
 
 def test_an_injected_wrong_kernel_fails_the_benchmark_and_its_row_says_so(tmp_path):
-    done, rows = run_pytest(tmp_path)
+    done, rows = run_pytest(tmp_path, "--benchmark-json=times.json")
     assert done.returncode == 1, done.stdout + done.stderr
     assert (rows["ours"]["result"], rows["ours"]["p50_ms"], rows["ours"]["peak_mib"]) == ("incorrect", "", "")
     assert rows["peer"]["result"] == "incorrect"
@@ -450,6 +553,11 @@ def test_an_injected_wrong_kernel_fails_the_benchmark_and_its_row_says_so(tmp_pa
     assert "incorrect: output or gradient 0 is off by" in done.stdout
     assert "liger-kernel has GPU kernels only" in done.stdout
     assert "torch finds no CUDA device" in done.stdout or torch.cuda.is_available()
+    # pytest-benchmark has the same times
+    (timed,) = json.loads((tmp_path / "times.json").read_text())["benchmarks"]
+    assert timed["name"] == "test_scale[cpu-3-eager]"
+    assert timed["stats"]["rounds"] == int(rows["eager"]["rounds"]) >= 5
+    assert 1e3 * timed["stats"]["median"] == pytest.approx(float(rows["eager"]["p50_ms"]), rel=1e-3)
 
 
 def test_a_part_is_chosen_by_name(tmp_path):

@@ -119,12 +119,16 @@ def test_other_errors_are_not_taken_for_a_full_card(monkeypatch):
 def test_a_rung_gives_a_row(monkeypatch, capsys, tmp_path):
     """Through the process's own arguments and output, in this process."""
 
+    done, whole = [], ladder.climbed
+
     def said_by(script, *arguments):
         monkeypatch.setattr("sys.argv", [str(script), *map(str, arguments), "--most", "256"])
         ladder.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     monkeypatch.setattr(ladder, "said_by", said_by)
+    monkeypatch.setattr(ladder, "hold_to", lambda gib, device: done.append(gib))
+    monkeypatch.setattr(ladder, "climbed", lambda *a, **k: done.append("climbed") or whole(*a, **k))
     monkeypatch.setattr("benchmarks.harness.result_rows.RESULTS", tmp_path)
     rows = []
     for provider in ("ours", "hf"):
@@ -137,6 +141,7 @@ def test_a_rung_gives_a_row(monkeypatch, capsys, tmp_path):
         ("ours", "ok", "256", "8"), ("hf", "ok", "256", "8")
     ]  # fmt: skip
     assert all(float(row["tokens_per_s"]) > 0 for row in written)
+    assert done == [8, "climbed"] * 2  # held to the card first
 
 
 def test_what_was_found_is_no_part_of_a_rows_key(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -455,6 +456,21 @@ def test_a_figure_is_drawn_from_rows_the_same_each_time(results, tmp_path, plot)
     }.get(plot.name, ["transformers + PEFT (no bottleneck)", "peak MiB"])
     for word in words:
         assert re.search(rf"<text [^>]*>[^<]*{re.escape(word)}", svg), word  # as text, not as shapes
+
+
+@pytest.mark.parametrize(
+    "plot", [plot for plot in plots.PLOTS if isinstance(plot.draw, partial)], ids=lambda plot: plot.name
+)
+def test_a_sweep_shows_time_on_one_axis_and_memory_on_the_other(results, plot):
+    write_all()
+    rows, column = plot.rows(CPU), plot.draw.keywords["column"]
+    for axes, name, found in zip(plot.draw(rows).axes, ("ms", "peak MiB"), ("p50_ms", "peak_mib"), strict=True):
+        assert axes.get_ylabel() == name
+        lines = [line for line in axes.lines if line.get_transform() == axes.transData]
+        shown = sorted((x, y) for line in lines for x, y in line.get_xydata())
+        expected = sorted((float(row[column]), float(row[found])) for row in rows if row[found])
+        assert len(expected) >= 3
+        assert shown == expected
 
 
 def stand_in(folder=CPU):

@@ -75,7 +75,7 @@ def judge(
     samples: Annotated[str | None, typer.Option(help="JSON lines: task_id, completion.", show_default=False)] = None,
     problems: Problems = None,
     rule: Annotated[
-        RuleName, typer.Option(help="official: the suite's own to the letter; strict: no program can fool it.")
+        RuleName, typer.Option(help="official: the suite's own to the letter; strict: made not to be fooled.")
     ] = RuleName.strict,
     out: Annotated[Path, typer.Option("-o", "--out", help="File of verdicts; gone on with if there.")] = Path(
         "verdicts.jsonl"

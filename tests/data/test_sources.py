@@ -75,6 +75,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path, name, text, message):
         (gzip.compress(LINES.encode())[:-8] + b"\0" * 8, "damaged or not gzip"),
         (gzip.compress(b"\xff\xfe"), "not UTF-8 text (byte 0"),
     ],
+    ids=["cut", "cut in its head", "text", "wrong sum", "no UTF-8"],  # not the bytes: they hold the time
 )
 def test_a_bad_gzip_is_one_clear_line(tmp_path, content, message):
     path = tmp_path / "a.jsonl.gz"

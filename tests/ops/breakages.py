@@ -8,6 +8,7 @@ copy in a process of their own, forked from one that has imported torch and Trit
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-WORKERS = 2
+WORKERS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # another test runs beside it
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parents[1] / "kernels" / "ibft_kernels"
 
@@ -75,16 +76,22 @@ def main(names: list[str]) -> int:
     """Exit status 1 if a breakage passes unnoticed, or a test is red without one."""
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # imported here, once, for every child
+    import bitsandbytes.functional  # noqa: F401
     import hypothesis  # noqa: F401
     import pytest_benchmark.plugin  # noqa: F401
     import sympy  # noqa: F401
-    import torch
+    import torch._dynamo
+    import transformers.models.llama.modeling_llama  # noqa: F401
     import triton.runtime.interpreter  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # or pytest's last act in every child is to look through all of that
 
     chosen = [b for b in BREAKAGES if not names or any(name in b.name for name in names)]
-    jobs = [(None, tests) for tests in sorted({b.tests for b in chosen})] + [(b, b.tests) for b in chosen]
+    by_file: dict[str, set[str]] = {}  # without a breakage a process for each file of tests, not for each test
+    for node in {node for b in chosen for node in b.tests.split()}:
+        by_file.setdefault(node.partition("::")[0], set()).add(node)
+    jobs = [(None, " ".join(sorted(nodes))) for _, nodes in sorted(by_file.items())] + [(b, b.tests) for b in chosen]
     workers = []
     for share in range(WORKERS):
         worker = os.fork()
@@ -92,6 +99,7 @@ def main(names: list[str]) -> int:
             os._exit(_work(jobs[share::WORKERS]))
         workers.append(worker)
     codes = [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
+    gc.unfreeze()  # or libraries would complain of leaks at the end
     print(f"{len(chosen)} breakages, {'all caught' if not any(codes) else 'see above'}")
     return 1 if any(codes) else 0
 
@@ -220,7 +228,7 @@ BREAKAGES = [
     Breakage("bottleneck: dmu alone reaches hidden", BOTTLENECK, "dh_nd = tl.dot(dlv_nz, w_lv_zd, dh_nd,",
              "dh_nd = tl.dot(dmu_nz, w_mu_zd,", _IB_EQUAL),
     Breakage("bottleneck: buffer overwritten", BOTTLENECK, "dh_nd += tl.load(g_ptrs", "dh_nd += 0 * tl.load(g_ptrs",
-             _IB + "test_adds_into_a_strided_buffer_and_touches_nothing_else"),
+             "test_ib_bottleneck_ops.py::test_adds_into_a_strided_buffer_and_touches_nothing_else"),
     Breakage("bottleneck: last columns of a split", BOTTLENECK, "split_tiles=triton.cdiv(column_tiles, splits)",
              "split_tiles=column_tiles // splits", _IB + "test_small_tiles"),
     Breakage("bottleneck: dmu stored for dlogvar", BOTTLENECK, "pair_offsets + n_latent, dlv_nz",
