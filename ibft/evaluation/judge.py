@@ -19,11 +19,12 @@ from ibft.evaluation.answer_judge import judge_answer
 from ibft.evaluation.python_judge import Verdict, job_of, judge_python
 from ibft.evaluation.samples import Sample
 from ibft.evaluation.sandbox import Sandbox, find_tier
-from ibft.evaluation.suites import Problem, Rule, Suite
+from ibft.evaluation.suites import SUITES, Problem, Rule, Suite
 from ibft.evaluation.verilog_judge import VerilogJudge, icarus_version
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 JudgeOne = Callable[[Problem, str], Verdict]
+NOT_JUDGED = "not judged: "  # before what the machine lacked: no fault of the sample's
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Judge:
         try:
             return self.one(problem, completion)
         except Exception as error:
-            return Verdict(False, f"not judged: {type(error).__name__}: {error}"[:300])
+            return Verdict(False, f"{NOT_JUDGED}{type(error).__name__}: {error}"[:300])
 
     def all(self, pairs: Sequence[tuple[Problem, str]]) -> Iterator[Verdict]:
         """In order, as they are ready. Left early, what has not begun is not begun."""
@@ -102,8 +103,6 @@ def judge_tasks(
         ValueError: not one completion a task.
         SetupError: no sandbox here.
     """
-    from ibft.evaluation.suites import SUITES
-
     if len(tasks) != len(completions):
         raise ValueError(f"completions: got {len(completions)}, expected one for each of {len(tasks)} tasks")
     for number, task in enumerate(tasks, start=1):
@@ -163,8 +162,8 @@ def head_of(judge: Judge, problem: Problem, sample: Sample) -> dict[str, Any]:
 
 
 def kept_verdicts(heads: Sequence[Mapping[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """Those of an earlier run, which must be those of the first samples; half a last line is cut off the file, once all
-    before it are known to be verdicts of these."""
+    """Those of an earlier run, which must be those of the first samples, up to the first that could not be judged. What
+    follows, and half a last line, is cut off the file once all of it is known to be verdicts of these."""
     if not out.exists():
         return []
     text = out.read_bytes()
@@ -180,9 +179,16 @@ def kept_verdicts(heads: Sequence[Mapping[str, Any]], out: Path) -> list[dict[st
         if not isinstance(row, dict) or any(row.get(name) != value for name, value in head.items()):
             raise DataError(f"{other} (line {number + 1}); name another file with --out")
         rows.append(row)
-    if len(text) > len(whole):
-        if len(rows) == len(heads) or not text[len(whole) :].startswith(b'{"task_id": '[: len(text) - len(whole)]):
-            raise DataError(f"{other} (its end); name another file with --out")
+    half = text[len(whole) :]
+    if half and (len(rows) == len(heads) or not half.startswith(b'{"task_id": '[: len(half)])):
+        raise DataError(f"{other} (its end); name another file with --out")
+    judged = next((i for i, row in enumerate(rows) if was_not_judged(row)), len(rows))
+    kept = b"".join(whole.splitlines(keepends=True)[:judged])
+    if len(kept) < len(text):
         with out.open("r+b") as file:
-            file.truncate(len(whole))
-    return rows
+            file.truncate(len(kept))
+    return rows[:judged]
+
+
+def was_not_judged(row: Mapping[str, Any]) -> bool:
+    return str(row.get("result")).startswith(NOT_JUDGED)

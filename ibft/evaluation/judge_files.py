@@ -1,12 +1,12 @@
 """`ibft-fast evaluate judge`: samples in, verdicts out. `generate` and `score` have files of their own."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ibft.console import Console
-from ibft.errors import ConfigError, DataError
-from ibft.evaluation.judge import Judge, judge_file, make_judge
+from ibft.errors import ConfigError, DataError, SetupError
+from ibft.evaluation.judge import NOT_JUDGED, Judge, judge_file, make_judge, was_not_judged
 from ibft.evaluation.samples import read_samples
 from ibft.evaluation.suites import Problem, Rule, load_problems, suite_of
 
@@ -23,7 +23,7 @@ def run_judge(
     Raises:
         ConfigError: a setting is out of range, or there is nothing to judge.
         DataError: a file cannot be read; or, once all the rest is judged, some lines of it are no samples.
-        SetupError: no sandbox, or no Icarus Verilog, here.
+        SetupError: no sandbox or no Icarus Verilog here; or some samples could not be judged, which a next run does.
     """
     kind = suite_of(suite)
     if samples is None and not check:
@@ -42,12 +42,8 @@ def run_judge(
         return
     path = Path(out)
     for option, name in (("--samples", samples), ("--problems", problems)):
-        if (
-            name is not None
-            and path.exists()
-            and Path(name).expanduser().exists()
-            and path.samefile(Path(name).expanduser())
-        ):
+        given = Path(name or "").expanduser()
+        if name and path.exists() and given.exists() and path.samefile(given):
             raise ConfigError(f"--out: got {out}, which is the file of {option}")
     found, faults = read_samples(samples, tasks)
     try:
@@ -59,13 +55,14 @@ def run_judge(
     passed = sum(row["passed"] for row in rows)
     share = f" ({passed / len(rows):.1%})" if rows else ""
     console.line(f"{passed} of {len(rows)} samples pass{share}; verdicts: {out}")
-    if lost := sum(row["result"].startswith("not judged") for row in rows):
-        console.notice(f"{lost} of them could not be judged, which counts as failed: see their result")
     for fault in faults[:SHOWN]:
         print(f"{samples}, {fault}", file=sys.stderr)
     if faults:
         more = f", {len(faults) - SHOWN} of them not shown" if len(faults) > SHOWN else ""
         raise DataError(f"{samples}: {len(faults)} faulty lines{more}; all others are judged")
+    if lost := [row["result"] for row in rows if was_not_judged(row)]:
+        reason = lost[0].removeprefix(NOT_JUDGED)
+        raise SetupError(f"{len(lost)} samples could not be judged ({reason}); mend that and run the same again")
 
 
 def check_canonical(judge: Judge, tasks: Sequence[Problem], console: Console) -> None:
@@ -79,9 +76,5 @@ def check_canonical(judge: Judge, tasks: Sequence[Problem], console: Console) ->
                 failed[task["task_id"]] = verdict.result
             advance(done)
     console.line(f"reference solutions: {len(with_one) - len(failed)} of {len(with_one)} pass")
-    report(failed, console)
-
-
-def report(failed: Mapping[str, str], console: Console) -> None:
     for task_id, result in failed.items():
         console.line(f"  {task_id}: {result}")

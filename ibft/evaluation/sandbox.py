@@ -180,7 +180,7 @@ def talk(process: subprocess.Popen[bytes], message: bytes, timeout: float, outpu
     """Sends `message`, and gathers what comes back until both streams end, the time is up or the cap is reached."""
     deadline = time.monotonic() + timeout
     streams = [stream for stream in (process.stdout, process.stderr) if stream is not None]
-    received: dict[object, bytes] = dict.fromkeys(streams, b"")
+    received: dict[object, bytearray] = {stream: bytearray() for stream in streams}
     left = memoryview(message)
     killed: Literal["", "timed out", "too much output"] = ""
     with selectors.DefaultSelector() as selector:
@@ -219,11 +219,11 @@ def talk(process: subprocess.Popen[bytes], message: bytes, timeout: float, outpu
         except subprocess.TimeoutExpired:
             killed = "timed out"
     end(process)
-    stdout, stderr = (received.get(stream, b"") for stream in (process.stdout, process.stderr))
+    stdout, stderr = (bytes(received.get(x, b"")[:output_bytes]) for x in (process.stdout, process.stderr))
     code = process.returncode
     code = 128 - code if 128 < code < 160 else code  # bwrap and setpriv hand a signal on as 128 + its number
     killed = "timed out" if code == -signal.SIGXCPU else killed
-    return Ended(code, stdout[:output_bytes], stderr[:output_bytes], killed)
+    return Ended(code, stdout, stderr, killed)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

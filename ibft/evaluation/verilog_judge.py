@@ -80,7 +80,7 @@ class VerilogJudge:
         if name not in self.samples:
             found = self.reference_samples(problem)
             if isinstance(found, str):
-                return Verdict(False, f"not judged: the reference solution itself fails here: {found}")
+                return Verdict(False, f"failed: the reference solution itself fails here: {found}")
             self.samples[name] = found
         return self.strict(problem, completion, self.samples[name])
 

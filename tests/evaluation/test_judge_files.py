@@ -187,14 +187,17 @@ def test_a_sample_that_cannot_be_judged_does_not_end_the_others(problems, tmp_pa
     monkeypatch.setattr("ibft.evaluation.judge.judge_python", fails)
     samples, out = write(tmp_path / "s.jsonl", [right(0), right(1), right(2)]), tmp_path / "v.jsonl"
     result = judge(problems, "--samples", samples, "-o", out)
-    assert result.exit_code == 0
-    assert "1 of them could not be judged" in result.output
+    assert result.exit_code == 4
+    assert "1 samples could not be judged (OSError: [Errno 28] No space left on device)" in result.output
     found = [(row["passed"], row["result"]) for row in rows_of(out)]
     assert found == [
         (True, "passed"),
         (False, "not judged: OSError: [Errno 28] No space left on device"),
         (True, "passed"),
     ]
+    monkeypatch.undo()
+    assert judge(problems, "--samples", samples, "-o", out).exit_code == 0  # goes on with the one that was not
+    assert [row["result"] for row in rows_of(out)] == ["passed"] * 3
 
 
 def test_check_lists_what_cannot_pass(tmp_path):

@@ -83,7 +83,7 @@ def encode(value, keep=None):
     if isinstance(value, float):
         return ["float", float.__repr__(value)]
     if isinstance(value, complex):
-        return ["complex", repr(complex.__add__(value, 0j).real), repr(complex.__add__(value, 0j).imag)]
+        return ["complex", repr(complex.real.__get__(value)), repr(complex.imag.__get__(value))]
     if isinstance(value, bytes | bytearray):
         return ["bytearray" if isinstance(value, bytearray) else "bytes", bytes(value).hex()]
     try:
