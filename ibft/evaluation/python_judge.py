@@ -21,7 +21,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ibft.evaluation.sandbox import Ended, Limits, Sandbox, end, talk
+from ibft.evaluation.sandbox import Ended, Limits, Sandbox, talk
 from ibft.evaluation.suites import Problem, Rule
 
 
@@ -108,9 +108,8 @@ def judge_python(sandbox: Sandbox, job: Job, rule: Rule, timeout: float) -> Verd
 
 def in_one(sandbox: Sandbox, job: Job, limits: Limits, timeout: float) -> Verdict:
     secret = secrets.token_hex(16)
-    with sandbox.folder() as folder:
-        message = f"{secret}\n{job.whole()}".encode()
-        ended = sandbox.run(["whole.py"], folder, limits, timeout=timeout, stdin=message, output_bytes=4096)
+    message = f"{secret}\n{job.whole()}".encode()
+    ended = sandbox.run(["whole.py"], limits, timeout=timeout, stdin=message, output_bytes=4096)
     if fault := ended_badly(ended):
         return Verdict(False, fault)
     report = ended.stdout.decode(errors="replace")
@@ -130,16 +129,16 @@ def in_two(sandbox: Sandbox, job: Job, limits: Limits, timeout: float) -> Verdic
     began = time.monotonic()
     message = json.dumps(asdict(job)).encode()
     pipe = subprocess.PIPE
-    with sandbox.folder() as its_folder, sandbox.folder() as folder, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         calls, to_candidate = os.pipe()
         from_candidate, answers = os.pipe()
         try:
-            candidate = sandbox.start(["candidate.py"], its_folder, limits, stdin=calls, stdout=answers)
-            stack.callback(end, candidate)
+            stack.enter_context(sandbox.started(["candidate.py"], limits, stdin=calls, stdout=answers))
             fds = (to_candidate, from_candidate)
             command = ["tester.py", *map(str, fds)]
-            tester = sandbox.start(command, folder, limits, pass_fds=fds, stdin=pipe, stdout=pipe, stderr=pipe)
-            stack.callback(end, tester)
+            tester = stack.enter_context(
+                sandbox.started(command, limits, pass_fds=fds, stdin=pipe, stdout=pipe, stderr=pipe)
+            )
         finally:  # held here, an end of the other side would go unseen
             for fd in (calls, to_candidate, from_candidate, answers):
                 os.close(fd)

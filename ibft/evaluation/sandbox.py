@@ -5,9 +5,11 @@
     namespaces   the same by the kernel's user namespaces (`unshare` of util-linux), where bubblewrap is not installed
     limits       resource limits alone: the program can read what the user can read. Only where the caller asks for it.
 
-In each: a session of its own, an empty environment, a private folder that is removed, hard limits of CPU time, memory,
-file size, open files, processes and core, capped output, no new process (a filter of system calls, where the kernel
-has one), and at the end or the timeout the whole process group is killed, which takes a namespace's processes with it.
+In each: a session of its own, an empty environment, a private working folder, hard limits of CPU time, memory, file
+size, open files, processes and core, capped output, no new process (a filter of system calls, where the kernel has
+one), and at the end or the timeout the whole process group is killed, which takes a namespace's processes with it. So
+does the death of the process that started it. The folder lies in memory, bounded, and is gone with the namespace; under
+`limits` it is a temporary one, and only each file in it is bounded.
 """
 
 import contextlib
@@ -33,7 +35,7 @@ INSIDE = Path(__file__).with_name("inside")
 MIB = 1 << 20
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/nix/store")
 COVERED = ("/proc/sys", "/proc/irq", "/proc/bus", "/proc/acpi", "/proc/scsi")  # of the host: root could write there
-SCRATCH = str(64 * MIB)
+SCRATCH = str(64 * MIB)  # of /tmp and /dev/shm, each
 HOME = "/ibft-sample"  # of a program: a name that hides nothing that it needs
 DEVICES = ("null", "zero", "random", "urandom")
 ENTRY = (sys.executable and os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8")
@@ -41,11 +43,13 @@ ENTRY = (sys.executable and os.path.realpath(sys.executable), "-I", "-S", "-X", 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of each process. processes 0: it can start none; threads it can."""
+    """Of each process. folder_bytes: of all files in its working folder. processes 0: it can start none; threads it
+    can."""
 
     cpu_seconds: int
     memory_bytes: int = 1 << 30  # address space, interpreter included
     file_bytes: int = 16 * MIB
+    folder_bytes: int = 64 * MIB
     open_files: int = 64
     processes: int = 0
 
@@ -72,39 +76,38 @@ class Sandbox:
     readable: tuple[str, ...] = field(default_factory=lambda: (*python_folders(), str(INSIDE)))
 
     @contextlib.contextmanager
-    def folder(self) -> Iterator[Path]:
-        """A private folder, which is the working folder of the processes that are started in it."""
-        made = tempfile.mkdtemp(prefix="ibft-judge-")
-        try:
-            for name in ("sample", "root"):  # root: where `namespaces` builds its file system
-                Path(made, name).mkdir()
-            yield Path(made, "sample")
-        finally:
-            remove(made)
+    def started(
+        self, command: Sequence[str], limits: Limits, *, pass_fds: Sequence[int] = (), **streams: int
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """A process in its room; at the end of the block both are gone.
 
-    def start(
-        self, command: Sequence[str], folder: Path, limits: Limits, *, pass_fds: Sequence[int] = (), **streams: int
-    ) -> subprocess.Popen[bytes]:
-        """command: a program with its arguments, or a script of `inside`. streams: as Popen's, else /dev/null."""
+        command: a program with its arguments, or a script of `inside`. streams: as Popen's, else /dev/null.
+        """
         entry = [*ENTRY, str(INSIDE / "enter.py"), str(limits), *command]
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | streams
-        return subprocess.Popen(
-            [*self.walls(folder), *entry], cwd=folder, env={}, start_new_session=True, pass_fds=pass_fds, **streams
-        )  # type: ignore[call-overload, no-any-return]
+        folder = tempfile.mkdtemp(prefix="ibft-judge-") if self.tier == "limits" else None
+        try:
+            process = subprocess.Popen(
+                [*self.walls(limits.folder_bytes), *entry], cwd=folder or "/", env={}, start_new_session=True,
+                pass_fds=pass_fds, **streams,
+            )  # type: ignore[call-overload]  # fmt: skip
+            try:
+                yield process
+            finally:
+                end(process)
+        finally:
+            if folder is not None:
+                remove(folder)
 
     def run(
-        self, command: Sequence[str], folder: Path, limits: Limits, *,
-        timeout: float, stdin: bytes = b"", output_bytes: int = MIB,
-    ) -> Ended:  # fmt: skip
+        self, command: Sequence[str], limits: Limits, *, timeout: float, stdin: bytes = b"", output_bytes: int = MIB
+    ) -> Ended:
         """From start to end; output_bytes: of stdout and of stderr each, more of them ends it."""
         pipe = subprocess.PIPE
-        process = self.start(command, folder, limits, stdin=pipe, stdout=pipe, stderr=pipe)
-        try:
+        with self.started(command, limits, stdin=pipe, stdout=pipe, stderr=pipe) as process:
             return talk(process, stdin, timeout, output_bytes)
-        finally:
-            end(process)
 
-    def walls(self, folder: Path) -> list[str]:
+    def walls(self, folder_bytes: int) -> list[str]:
         """The command that a program's own follows."""
         if self.tier == "limits":
             return []
@@ -119,34 +122,26 @@ class Sandbox:
                 "--dev", "/dev", "--size", SCRATCH, "--tmpfs", "/dev/shm", "--size", SCRATCH, "--tmpfs", "/tmp",
                 *(word for path in bound for word in ("--ro-bind", path, path)),
                 *(word for path in links for word in ("--symlink", os.readlink(path), path)),
-                "--bind", str(folder), HOME, "--chdir", HOME, "--remount-ro", "/dev", "--remount-ro", "/", "--",
+                "--size", str(folder_bytes), "--tmpfs", HOME, "--chdir", HOME, "--remount-ro", "/dev",
+                "--remount-ro", "/", "--",
             ]  # fmt: skip
         script = ROOM.format(
             bound=" ".join(map(shlex.quote, bound)), links=" ".join(map(shlex.quote, links)),
-            devices=" ".join(DEVICES), covered=" ".join(covered), scratch=SCRATCH,
-            folder=shlex.quote(str(folder)), home=HOME,
+            devices=" ".join(DEVICES), covered=" ".join(covered), scratch=SCRATCH, size=folder_bytes, home=HOME,
         )  # fmt: skip
-        namespaces = (
-            "--user",
-            "--map-root-user",
-            "--mount",
-            "--pid",
-            "--net",
-            "--ipc",
-            "--uts",
-            "--fork",
-            "--kill-child",
-        )
-        return [shutil.which("unshare") or "unshare", *namespaces, "/bin/sh", "-c", script, "sh"]
+        return [
+            shutil.which("setpriv") or "setpriv", "--pdeathsig", "KILL", shutil.which("unshare") or "unshare",
+            "--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child",
+            "/bin/sh", "-c", script, "sh",
+        ]  # fmt: skip
 
 
-# A new root, for this process and its children alone.
+# A new root, for this process and its children alone, on a folder that every system has and no program needs.
 ROOM = """
 set -e
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
-cd {folder}/../root
-mount -t tmpfs -o size=4m tmpfs .
-cd ../root
+mount -t tmpfs -o size=4m tmpfs /sys
+cd /sys
 mkdir -p proc dev tmp .{home} old
 mount -t tmpfs -o size={scratch},mode=1777 tmpfs tmp
 for path in {bound}; do
@@ -159,7 +154,7 @@ for name in {devices}; do : > "dev/$name"; mount --bind "/dev/$name" "dev/$name"
 mount -t proc proc proc
 for path in {covered}; do mount -t tmpfs -o ro,size=4k tmpfs ".$path"; done
 [ ! -e proc/sysrq-trigger ] || mount --bind /dev/null proc/sysrq-trigger
-mount --bind {folder} .{home}
+mount -t tmpfs -o size={size},mode=700 tmpfs .{home}
 pivot_root . old
 umount -l old
 rmdir old
@@ -278,8 +273,7 @@ def why_not(tier: Tier) -> str | None:
         return "the path of the Python interpreter is unknown"
     sandbox = Sandbox(tier)
     try:
-        with sandbox.folder() as folder:
-            made = sandbox.run(["whole.py"], folder, Limits(cpu_seconds=60), timeout=60, stdin=b"ready\n")
+        made = sandbox.run(["whole.py"], Limits(cpu_seconds=60), timeout=60, stdin=b"ready\n")
     except OSError as error:
         return f"no process can be started: {error}"
     if made.stdout == b"ready":

@@ -18,18 +18,20 @@ import math
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Literal
 
 from ibft.evaluation.python_judge import Verdict, ended_badly
 from ibft.evaluation.sandbox import MIB, Ended, Limits, Sandbox, version
 from ibft.evaluation.suites import Problem, Rule
 
-COMPILE = ("-Wall", "-Winfloop", "-Wno-timescale", "-g2012")
 MISMATCHES = re.compile(r"Mismatches: ([0-9]*) in ([0-9]*) samples")
 REPORT = '"Mismatches: %1d in %1d samples"'
-EXPANDED_BYTES = 4 * MIB
+EXPANDED_BYTES, OUTPUT_BYTES = 4 * MIB, 16 * MIB
+FILE_BYTES = 256 * MIB  # test benches write what an oscilloscope would show
+NOT_COMPILED = 97  # how inside/icarus.py ends then
 DIRECTIVES = frozenset({"`timescale", "`default_nettype", "`resetall", "`celldefine", "`endcelldefine"})
 FORCING = frozenset({"force", "release"})
 RENAMED = frozenset({"tb", "reference_module", "stimulus_gen", "stim1", "good1", "top_module1"})
@@ -85,9 +87,10 @@ class VerilogJudge:
         return self.strict(problem, completion, self.samples[name])
 
     def official(self, problem: Problem, completion: str) -> Verdict:
-        made = self.simulate(f"{problem['test']}\n{problem['prompt']}\n{completion}", "tb")
-        if isinstance(made, str):
-            return Verdict(False, made)
+        text = f"{problem['test']}\n{problem['prompt']}\n{completion}"
+        made = self.icarus("simulate", text, time.monotonic() + self.timeout, "tb")
+        if made.killed:
+            return Verdict(False, made.killed)
         said = made.stderr.decode(errors="replace")
         if "syntax error" in said:
             return Verdict(False, "failed: syntax error.")
@@ -118,55 +121,33 @@ class VerilogJudge:
 
     def counted(self, problem: Problem, completion: str) -> tuple[int, int] | str:
         """(wrong, compared) samples by the strict rule; or why there is no such count."""
+        deadline = time.monotonic() + self.timeout
         bench = Bench()
         border = f"border_{secrets.token_hex(16)}"
-        expanded = self.expanded(f"{problem['test']}\n{border}\n{problem['prompt']}\n{completion}")
-        if expanded is None:
+        made = self.icarus("expand", f"{problem['test']}\n{border}\n{problem['prompt']}\n{completion}", deadline)
+        if made.killed == "timed out":
+            return made.killed
+        if made.killed or made.returncode != 0:
             return "failed: it cannot be preprocessed"
-        test, _, design = expanded.partition(border)  # the first: whatever the design includes comes after it
-        text, faults = checked(design)
+        test, _, design = made.stdout.decode(errors="replace").partition(border)  # the first: what the design includes
+        text, faults = checked(design)  #                                           comes after it
         if faults:
             return f"failed: it uses {', '.join(faults)}"
-        made = self.simulate(bench.renamed(test) + text, bench.top)
-        if isinstance(made, str):
-            return made
+        made = self.icarus("simulate", bench.renamed(test) + text, deadline, bench.top)
+        if fault := ended_badly(made):
+            return fault
+        if made.returncode == NOT_COMPILED:
+            return "failed: syntax error." if b"syntax error" in made.stderr else "failed: compile error."
         found = bench.verdict(made)
         return f"failed: {found}" if isinstance(found, str) else found
 
-    def expanded(self, text: str) -> str | None:
-        """What the compiler's preprocessor makes of it; None where it fails, or makes more than EXPANDED_BYTES."""
-        limits = Limits(cpu_seconds=math.ceil(self.timeout) + 1, file_bytes=EXPANDED_BYTES, processes=64)
-        with self.sandbox.folder() as folder:
-            Path(folder, "task.sv").write_text(text, encoding="utf-8")
-            command = [tool("iverilog"), "-E", "-g2012", "-o", "expanded.sv", "task.sv"]
-            made = self.sandbox.run(command, folder, limits, timeout=self.timeout, output_bytes=MIB)
-            out = folder / "expanded.sv"
-            if made.killed or made.returncode != 0 or out.is_symlink() or not out.is_file():
-                return None
-            if out.stat().st_size >= EXPANDED_BYTES:
-                return None
-            return out.read_text(encoding="utf-8", errors="replace")
-
-    def simulate(self, text: str, top: str) -> Ended | str:
-        """Both tools' words in one; where the first fails or the second is stopped, what happened."""
-        with self.sandbox.folder() as folder:
-            Path(folder, "task.sv").write_text(text, encoding="utf-8")
-            command = [tool("iverilog"), *COMPILE, "-s", top, "-o", "task.vvp", "task.sv"]
-            compiled = self.sandbox.run(command, folder, self.compiler_limits(), timeout=self.timeout, output_bytes=MIB)
-            if compiled.killed:
-                return compiled.killed
-            if compiled.returncode != 0:
-                syntax = b"syntax error" in compiled.stderr
-                return "failed: syntax error." if syntax else "failed: compile error."
-            limits = Limits(cpu_seconds=math.ceil(self.timeout) + 1, file_bytes=256 * MIB)
-            command = [tool("vvp"), "-n", "task.vvp"]
-            ran = self.sandbox.run(command, folder, limits, timeout=self.timeout, output_bytes=16 * MIB)
-        if fault := ended_badly(ran):
-            return fault
-        return Ended(ran.returncode, ran.stdout, compiled.stderr + ran.stderr)
-
-    def compiler_limits(self) -> Limits:
-        return Limits(cpu_seconds=math.ceil(self.timeout) + 1, file_bytes=64 * MIB, processes=64)
+    def icarus(self, what: Literal["expand", "simulate"], text: str, deadline: float, *top: str) -> Ended:
+        """Runs `inside/icarus.py`."""
+        command = ["icarus.py", what, shutil.which("iverilog") or "iverilog", shutil.which("vvp") or "vvp", *top]
+        limits = Limits(math.ceil(self.timeout) + 1, file_bytes=FILE_BYTES, folder_bytes=FILE_BYTES, processes=4096)
+        output = EXPANDED_BYTES if what == "expand" else OUTPUT_BYTES
+        timeout = max(0.0, deadline - time.monotonic())
+        return self.sandbox.run(command, limits, timeout=timeout, stdin=text.encode(), output_bytes=output)
 
 
 @dataclass
@@ -225,7 +206,3 @@ def tokens(text: str) -> Iterator[tuple[str, str]]:
     """(kind, text) of each token of Verilog, spaces and comments too."""
     for found in TOKEN.finditer(text):
         yield str(found.lastgroup), found[0]
-
-
-def tool(name: str) -> str:
-    return shutil.which(name) or name

@@ -1,11 +1,14 @@
 """The sandbox in each of its grades: limits, clean-up, what a program sees of its surroundings."""
 
+import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -27,11 +30,10 @@ def sandbox(request):
 
 def run(sandbox: Sandbox, program: str, *, timeout: float = 10.0, output_bytes: int = MIB, **limits: int) -> Ended:
     """Of a Python program that may print."""
-    with sandbox.folder() as folder:
-        return sandbox.run(
-            [PYTHON, "-I", "-S", "-c", program], folder, Limits(**{"cpu_seconds": 10} | limits),
-            timeout=timeout, output_bytes=output_bytes,
-        )  # fmt: skip
+    return sandbox.run(
+        [PYTHON, "-I", "-S", "-c", program], Limits(**{"cpu_seconds": 10} | limits),
+        timeout=timeout, output_bytes=output_bytes,
+    )  # fmt: skip
 
 
 def test_output_and_exit_status_come_back(sandbox):
@@ -41,9 +43,8 @@ def test_output_and_exit_status_come_back(sandbox):
 
 def test_it_reads_what_it_is_sent(sandbox):
     text = b"x" * (3 * MIB)  # more than a pipe holds
-    with sandbox.folder() as folder:
-        command = [PYTHON, "-I", "-S", "-c", "import sys; print(len(sys.stdin.buffer.read()))"]
-        ended = sandbox.run(command, folder, Limits(cpu_seconds=10), timeout=10, stdin=text)
+    command = [PYTHON, "-I", "-S", "-c", "import sys; print(len(sys.stdin.buffer.read()))"]
+    ended = sandbox.run(command, Limits(cpu_seconds=10), timeout=10, stdin=text)
     assert ended == Ended(0, b"%d\n" % len(text), b"")
 
 
@@ -115,9 +116,8 @@ sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from ibft.evaluation.sandbox import Sandbox, Limits
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 sandbox = Sandbox("limits")
-with sandbox.folder() as folder:
-    program = "open('a', 'wb').write(bytes(9999))"
-    print(sandbox.run([{PYTHON!r}, "-I", "-c", program], folder, Limits(cpu_seconds=5), timeout=5).stderr)
+program = "open('a', 'wb').write(bytes(9999))"
+print(sandbox.run([{PYTHON!r}, "-I", "-c", program], Limits(cpu_seconds=5), timeout=5).stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "File too large" in done.stdout, done.stderr
@@ -150,6 +150,69 @@ print(sum(name.isdigit() for name in os.listdir("/proc")))
     needed = {Path(path).parts[1] for path in Sandbox(tier).readable}
     assert {*top.split()} <= system | needed | {"dev", "proc", "tmp", "ibft-sample"}
     assert int(processes) <= 3
+
+
+@pytest.mark.parametrize("tier", ["bubblewrap", "namespaces"])
+def test_the_folder_as_a_whole_is_bounded(tier):
+    if reason := why_not(tier):
+        pytest.skip(reason)
+    program = """
+written = 0
+try:
+    for number in range(100):
+        with open(str(number), "wb", buffering=0) as file:
+            written += file.write(bytes(1 << 20))
+except OSError as error:
+    print(written >> 20, error.strerror)
+"""
+    assert run(Sandbox(tier), program, folder_bytes=8 * MIB).stdout == b"8 No space left on device\n"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a second table of system calls is x86_64's")
+def test_the_second_table_of_system_calls_is_closed(sandbox):
+    program = "import ctypes\nprint('on', flush=True)\nctypes.CDLL(None).syscall(0x40000000 | 57)\nprint('past')"
+    ended = run(sandbox, program)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGSYS, b"on\n")
+
+
+def test_nobody_reads_the_memory_of_its_scripts(sandbox):
+    """PR_GET_DUMPABLE of the process that holds the secret, and that a debugger of the same user would need."""
+    program = b"secret\nimport ctypes\nassert ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) == 0\n"
+    ended = sandbox.run(["whole.py"], Limits(cpu_seconds=10), timeout=10, stdin=program)
+    assert ended.stdout == b"secret"
+
+
+def test_what_is_killed_takes_its_programs_with_it(sandbox, tmp_path):
+    """SIGKILL, after which nobody is left to clean up."""
+    mark = f"mark-{uuid.uuid4().hex}"
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from ibft.evaluation.sandbox import Sandbox, Limits
+command = [{PYTHON!r}, "-I", "-X", {mark!r}, "-c", "import time; print('on', flush=True); time.sleep(60)"]
+with Sandbox({sandbox.tier!r}).started(command, Limits(cpu_seconds=5), stdout=1):
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | {"TMPDIR": str(tmp_path)}) as judge:
+        assert judge.stdout.readline() == b"on\n"
+        assert with_mark(mark)
+        judge.kill()
+    deadline = time.monotonic() + 5
+    while (left := with_mark(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+    assert sandbox.tier == "limits" or list(tmp_path.iterdir()) == []
+
+
+def with_mark(mark: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"-X\0{mark}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 @pytest.mark.parametrize("ending", ["pass", "1 / 0", "os._exit(0)", "while True: pass"])

@@ -13,7 +13,8 @@ import struct
 import sys
 
 THREADS = 256  # of a program that may start no process
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 4, 22, 38, 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 4, 22, 38, 2
+SIGKILL = 9
 CLONE_THREAD, AF_UNIX = 0x10000, 1
 EPERM, EACCES, ENOSYS = 1, 13, 38
 # audit architecture, clone, clone3, socket, and the calls that only make processes
@@ -78,10 +79,12 @@ def main() -> None:
     limit("RLIMIT_FSIZE", file_bytes)
     limit("RLIMIT_NOFILE", open_files)
     limit("RLIMIT_NPROC", processes or (THREADS if forbid_processes() else 0))
+    if sys.platform.startswith("linux"):
+        prctl = ctypes.CDLL(None).prctl
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # whoever waits for it is killed: nobody else would end it
+        prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user reads this one's memory
     if not program.endswith(".py"):
         os.execv(program, [program, *arguments])
-    if sys.platform.startswith("linux"):  # nobody of the same user reads this one's memory
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     folder = os.path.dirname(os.path.abspath(__file__))
     path = os.path.join(folder, program)
     with open(path, encoding="utf-8") as file:
@@ -91,4 +94,5 @@ def main() -> None:
     exec(code, {"__name__": "__main__", "__file__": path})
 
 
-main()
+if __name__ == "__main__":
+    main()
