@@ -19,7 +19,13 @@ class RuleName(StrEnum):
     strict = "strict"
 
 
-Suite = Annotated[str, typer.Option(help="humaneval, mbpp, verilogeval-v1, gsm8k or jsonl-tests.")]
+Suite = Annotated[
+    str,
+    typer.Option(
+        help="humaneval, humaneval-plus, mbpp, mbpp-plus, verilogeval-v1, verilogeval-v2, verilogeval-v2-complete, "
+        "gsm8k or jsonl-tests."
+    ),
+]
 Problems = Annotated[
     str | None, typer.Option(help="File of problems or hub id; default the suite's own on the hub.", show_default=False)
 ]

@@ -4,6 +4,7 @@ samples -> one process or two each, in the sandbox -> verdicts, in the order of 
 """
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from ibft.evaluation.answer_judge import judge_answer
 from ibft.evaluation.python_judge import Verdict, job_of, judge_python
 from ibft.evaluation.samples import Sample
 from ibft.evaluation.sandbox import Sandbox, find_tier
-from ibft.evaluation.suites import SUITES, Problem, Rule, Suite
+from ibft.evaluation.suites import SUITES, Problem, Rule, Suite, package_folders
 from ibft.evaluation.verilog_judge import VerilogJudge, icarus_version
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
@@ -71,13 +72,15 @@ def make_judge(
         raise ValueError(f"jobs: got {jobs}, expected 1 or more")
     if suite.name == "gsm8k":
         return Judge(suite, rule, partial(judge_answer, rule=rule), {}, timeout, jobs)
-    icarus = icarus_version() if suite.name == "verilogeval-v1" else ""
+    icarus = icarus_version() if suite.name.startswith("verilogeval") else ""
     if icarus is None:
         raise SetupError(
             "VerilogEval needs Icarus Verilog (Debian: apt-get install iverilog; macOS: brew install icarus-verilog)"
         )
+    package_folders(suite)  # refuses before any sample is judged
     sandbox = Sandbox(find_tier(allow_limits=allow_limits))
     tools = {"sandbox": sandbox.tier} | ({"icarus": icarus} if icarus else {})
+    tools |= {name: importlib.metadata.version(name) for name in suite.packages}
     if icarus:
         return Judge(suite, rule, partial(VerilogJudge(sandbox, timeout).judge, rule=rule), tools, timeout, jobs)
 

@@ -59,7 +59,27 @@ CONTINUES_CODE: Mapping[str, Stops] = {
     "humaneval": Stops(before=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
     "mbpp": Stops(before=("\nclass", "\nassert", '\n"""', "\nprint", "\nif")),
     "verilogeval-v1": Stops(after=("endmodule",)),
+    "verilogeval-v2-complete": Stops(after=("endmodule",)),
 }
+
+ANSWERS: Mapping[str, Stops] = {
+    "gsm8k": Stops(before=("\nQuestion:",)),
+    "verilogeval-v2": Stops(before=("\nQuestion:",), after=("[DONE]",)),
+}
+# the words of VerilogEval v2 (Pinckney et al. 2024, arXiv 2408.11053), without its in-context examples and rules
+SPEC_TO_RTL = (
+    "\nQuestion:\n{statement}\n\nEnclose your code with [BEGIN] and [DONE]. Only output the code snippet\n"
+    "and do NOT output anything else.\n\nAnswer:\n"
+)
+TO_COMPLETE = (
+    "// Implement the Verilog module based on the following description. Assume that signals are positive clock/clk "
+    "triggered unless otherwise stated.\n"
+)
+
+
+def asked_as(suite: str) -> str:
+    """EvalPlus asks what the suites ask that it extends, and tests the answers further."""
+    return suite.removesuffix("-plus")
 
 
 def choose_style(name: str, suite: str, *, adapted: bool) -> Style:
@@ -78,8 +98,9 @@ def choose_style(name: str, suite: str, *, adapted: bool) -> Style:
 
 
 def stops_of(style: Style, suite: str) -> Stops:
+    suite = asked_as(suite)
     if style in ("plain", "origen"):
-        return Stops(before=("\nQuestion:",)) if suite == "gsm8k" else CONTINUES_CODE.get(suite, Stops())
+        return ANSWERS.get(suite) or CONTINUES_CODE.get(suite, Stops())
     return Stops()
 
 
@@ -89,6 +110,7 @@ def make_prompt(style: Style, suite: str, problem: Problem, description: str | N
     Raises:
         ConfigError: the style needs a description. DataError: the problem lacks its text.
     """
+    suite = asked_as(suite)
     if style == "plain":
         return Prompt(_plain(suite, problem, description))
     if style == "origen":
@@ -109,9 +131,12 @@ def extract(style: Style, suite: str, raw: str) -> str:
     midst of code only an answer that begins with a fence is in one: another fence ends it. HumanEval's whole functions
     stay as they are (Python takes the later definition); of VerilogEval's see `rest_of_module`. GSM8K's is all text.
     """
+    suite = asked_as(suite)
     text = stops_of(style, suite).cut(raw)
     if suite == "gsm8k":
         return text
+    if suite == "verilogeval-v2" and "[BEGIN]" in text:
+        return text.partition("[BEGIN]")[2].partition("[DONE]")[0]
     in_code = style in ("plain", "origen") and suite in CONTINUES_CODE and not text.lstrip().startswith("```")
     code = text.partition("\n```")[0] if in_code else extract_code(text)
     return rest_of_module(code) if suite == "verilogeval-v1" else code
@@ -133,6 +158,12 @@ def _plain(suite: str, problem: Problem, description: str | None) -> str:
         # some lines of the suite's own statements are comments already
         lines = [line if line.startswith("//") else f"// {line}".rstrip() for line in description.strip().split("\n")]
         return "\n".join([*lines, problem["prompt"]])
+    if suite == "verilogeval-v2":
+        return SPEC_TO_RTL.format(statement=problem["prompt"].strip())
+    if suite == "verilogeval-v2-complete":
+        said, module, header = problem["prompt"].partition("module TopModule")
+        lines = [f"// {line}".rstrip() for line in said.strip().split("\n")]
+        return TO_COMPLETE + "\n".join([*lines, "", module + header])
     return _task(problem) if suite == "jsonl-tests" else problem["prompt"]
 
 
@@ -149,6 +180,10 @@ def _instruction(style: Style, suite: str, problem: Problem, description: str | 
     if suite == "verilogeval-v1":
         said = AS_DESIGNER.format(description=_needed(description, style))
         return f"{said}\n{problem['prompt'].rstrip()}"
+    if suite == "verilogeval-v2" and style == "chat":
+        return SPEC_TO_RTL.format(statement=problem["prompt"].strip()).strip()
+    if suite in ("verilogeval-v2", "verilogeval-v2-complete"):
+        return AS_DESIGNER.format(description=problem["prompt"].strip())
     return problem["question"] if suite == "gsm8k" else _task(problem)
 
 

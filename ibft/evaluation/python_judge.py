@@ -17,12 +17,12 @@ import os
 import secrets
 import subprocess
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ibft.evaluation.sandbox import Ended, Limits, Sandbox, talk
-from ibft.evaluation.suites import Problem, Rule
+from ibft.evaluation.suites import SUITES, Problem, Rule, package_folders
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,34 @@ class Verdict:
 @dataclass(frozen=True)
 class Job:
     """A program and its test: `before` is what the test relies on, `call` is the statement that runs it, `names` are
-    those of the program that it uses."""
+    those of the program that it uses. packages: what both may import, by name, and the folder that holds it."""
 
     program: str
     before: str
     test: str
     call: str
     names: Sequence[str]
+    packages: Mapping[str, str] = field(default_factory=dict)
 
     def whole(self) -> str:
         return "\n\n".join(part for part in (self.program, self.test, self.call) if part) + "\n"
 
 
 def job_of(suite: str, problem: Problem, completion: str) -> Job:
-    """Of the suites humaneval, mbpp and jsonl-tests."""
-    if suite == "mbpp":
+    """Of the suites whose solutions are Python. Raises SetupError where a package that the suite needs is missing."""
+    packages = package_folders(SUITES[suite])
+    if suite in ("mbpp", "mbpp-plus"):
         before = "\n".join([*(problem.get("test_imports") or []), problem.get("test_setup_code") or ""])
-        test = "\n".join(problem["test_list"])
-        return Job(completion, before, f"{before}\n{test}", "", free_names(before, test, defined(problem.get("code"))))
+        asserts = "\n".join(problem["test_list"])
+        # of MBPP+ too: its test calls what the asserts call, and is too long to look through for each sample
+        names = free_names(before, asserts, defined(problem.get("code")))
+        test = problem["test"] if suite == "mbpp-plus" else f"{before}\n{asserts}"
+        return Job(completion, before, test, "", names, packages)
     name = problem["entry_point"]
-    if suite == "humaneval":
-        return Job(problem["prompt"] + completion, problem["prompt"], problem["test"], f"check({name})", [name])
-    return Job(completion, problem.get("before") or "", problem["test"], f"check({name})", [name])
+    if suite in ("humaneval", "humaneval-plus"):
+        prompt = problem["prompt"]
+        return Job(prompt + completion, prompt, problem["test"], f"check({name})", [name], packages)
+    return Job(completion, problem.get("before") or "", problem["test"], f"check({name})", [name], packages)
 
 
 def defined(code: object) -> set[str]:
@@ -103,12 +109,16 @@ def judge_python(sandbox: Sandbox, job: Job, rule: Rule, timeout: float) -> Verd
         return Verdict(False, f"failed: not UTF-8 text: {error.reason}")
     # The CPU limit is a second line behind the wall clock.
     limits = Limits(cpu_seconds=math.ceil(timeout) + 1)
+    # a wheel keeps the libraries of `name` beside it
+    found = [f"{folder}/{name}{part}" for name, folder in job.packages.items() for part in ("", ".libs")]
+    sandbox = replace(sandbox, readable=(*sandbox.readable, *found))
     return (in_two if rule == "strict" else in_one)(sandbox, job, limits, timeout)
 
 
 def in_one(sandbox: Sandbox, job: Job, limits: Limits, timeout: float) -> Verdict:
     secret = secrets.token_hex(16)
-    message = f"{secret}\n{job.whole()}".encode()
+    first = f"{secret} {json.dumps(dict(job.packages))}" if job.packages else secret
+    message = f"{first}\n{job.whole()}".encode()
     ended = sandbox.run(["whole.py"], limits, timeout=timeout, stdin=message, output_bytes=4096)
     if fault := ended_badly(ended):
         return Verdict(False, fault)

@@ -1,11 +1,14 @@
 """The suites that are judged here: what a problem of each holds, and how long a sample of it may take."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ibft.data.sources import load_rows
-from ibft.errors import ConfigError, DataError
+from ibft.errors import ConfigError, DataError, SetupError
+from ibft.evaluation.verilogeval_v2 import read_folder
 
 Rule = Literal["official", "strict"]
 Problem = dict[str, Any]
@@ -14,7 +17,8 @@ Problem = dict[str, Any]
 @dataclass(frozen=True)
 class Suite:
     """fields: text that every problem has. lists: fields that are lists of text. hub: data set and split read where no
-    file is given. timeout: seconds, the suite's own. canonical: the field of the reference solution.
+    file is given. timeout: seconds, the suite's own. canonical: the field of the reference solution. packages: what its
+    programs and tests may import beside the standard library.
     """
 
     name: str
@@ -23,8 +27,11 @@ class Suite:
     timeout: float
     hub: tuple[str, str] | None = None
     lists: Sequence[str] = ()
+    packages: Sequence[str] = ()
 
 
+# EvalPlus gives a problem 4 times what its reference took, at most 60 s. Some of HumanEval+ send lists of a million
+# numbers, which takes seconds; MBPP+ needs the whole minute, for a reference that adds up all numbers to 10**8 (599).
 SUITES = {
     suite.name: suite
     for suite in (
@@ -33,7 +40,17 @@ SUITES = {
             ("openai/openai_humaneval", "test"),
         ),
         Suite("mbpp", (), "code", 3.0, ("google-research-datasets/mbpp", "test"), lists=("test_list",)),
+        Suite(
+            "humaneval-plus", ("prompt", "entry_point", "test"), "canonical_solution", 30.0,
+            ("evalplus/humanevalplus", "test"), packages=("numpy",),
+        ),
+        Suite(
+            "mbpp-plus", ("test",), "code", 60.0, ("evalplus/mbppplus", "test"), lists=("test_list",),
+            packages=("numpy",),
+        ),
         Suite("verilogeval-v1", ("prompt", "test"), "canonical_solution", 30.0),
+        Suite("verilogeval-v2", ("prompt", "test", "ref"), "canonical_solution", 30.0),
+        Suite("verilogeval-v2-complete", ("prompt", "test", "ref", "ifc"), "canonical_solution", 30.0),
         Suite("gsm8k", ("question", "answer"), "answer", 1.0, ("openai/gsm8k", "test")),
         Suite("jsonl-tests", ("entry_point", "test"), "output", 5.0),
     )
@@ -60,7 +77,9 @@ def load_problems(suite: Suite, path: str | None) -> dict[str, Problem]:
             raise ConfigError(f"--problems: {suite.name} needs a file")
         path, split = suite.hub
     problems: dict[str, Problem] = {}
-    for number, row in enumerate(load_rows(path, split=split), start=1):
+    in_parts = suite.name.startswith("verilogeval-v2") and Path(path).expanduser().is_dir()
+    rows = read_folder(Path(path).expanduser()) if in_parts else load_rows(path, split=split)
+    for number, row in enumerate(rows, start=1):
         name = str(row["task_id"]) if row.get("task_id") is not None else f"{suite.name}/{number}"
         missing = [field for field in suite.fields if not isinstance(row.get(field), str)]
         missing += [field for field in suite.lists if not is_texts(row.get(field))]
@@ -70,6 +89,17 @@ def load_problems(suite: Suite, path: str | None) -> dict[str, Problem]:
             raise DataError(f"{path}, problem {number}: a second one is named {name}")
         problems[name] = row | {"task_id": name}
     return problems
+
+
+def package_folders(suite: Suite) -> dict[str, str]:
+    """Of each of its packages, the folder that holds it. Raises SetupError where one is not installed."""
+    folders = {}
+    for name in suite.packages:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise SetupError(f"{suite.name} needs {name}, which its tests import (pip install {name})")
+        folders[name] = str(Path(spec.origin).parents[1])
+    return folders
 
 
 def is_texts(value: object) -> bool:

@@ -1,7 +1,9 @@
-"""Verdicts on Verilog designs (VerilogEval v1), simulated by Icarus Verilog.
+"""Verdicts on Verilog designs (VerilogEval v1 and v2), simulated by Icarus Verilog.
 
-official  the suite's rule to the letter: one file of test, prompt and completion; `iverilog -Wall -Winfloop
-          -Wno-timescale -g2012 -s tb`, `vvp -n`; any word on stderr fails; `Mismatches: 0 in N samples` passes
+official  the suite's rule to the letter: `iverilog -Wall -Winfloop -Wno-timescale -g2012 -s tb`, then `vvp`
+          v1: test, prompt and completion; any word on stderr fails; `Mismatches: 0 in N samples` passes
+          v2: completion, test and reference; some words fail wherever they stand, warnings do not; a line
+          `Mismatches: 0 in N samples` passes
 strict    warnings are allowed, and so is a `$display`; what must hold is that the test bench itself has compared as
           many samples as with the reference solution, and found all of them right:
 
@@ -26,6 +28,7 @@ from typing import Literal
 from ibft.evaluation.python_judge import Verdict, ended_badly
 from ibft.evaluation.sandbox import MIB, Ended, Limits, Sandbox, version
 from ibft.evaluation.suites import Problem, Rule
+from ibft.evaluation.verilogeval_v2 import header_for
 
 MISMATCHES = re.compile(r"Mismatches: ([0-9]*) in ([0-9]*) samples")
 REPORT = '"Mismatches: %1d in %1d samples"'
@@ -34,7 +37,21 @@ FILE_BYTES = 256 * MIB  # test benches write what an oscilloscope would show
 NOT_COMPILED = 97  # how inside/icarus.py ends then
 DIRECTIVES = frozenset({"`timescale", "`default_nettype", "`resetall", "`celldefine", "`endcelldefine"})
 FORCING = frozenset({"force", "release"})
-RENAMED = frozenset({"tb", "reference_module", "stimulus_gen", "stim1", "good1", "top_module1"})
+RENAMED = frozenset({"tb", "reference_module", "RefModule", "stimulus_gen", "stim1", "good1", "top_module1"})
+# v2: a line with one of these decides, whatever comes after it; a line with one of the others does at the end
+DECISIVE_V2 = (
+    "syntax error",
+    "error: This assignment requires an explicit cast",
+    "error: Sized numeric constant must have a size greater than zero",
+    "warning: always_comb process has no sensitivities",
+    "found no sensitivities so it will never trigger",
+    "is declared here as wire",
+    "Unknown module type",
+    "Unable to bind wire/reg/memory `clk'",
+    "TIMEOUT",
+)
+FAILING_V2 = ("Unable to bind wire/reg", "error")
+MATCHED_V2 = re.compile(r"Mismatches: 0+ in \d+ samples$")
 TOKEN = re.compile(
     r"""(?P<space>\s+|//[^\n]*|/\*.*?(?:\*/|\Z))
       | (?P<text>"(?:\\.|[^"\\\n])*")
@@ -73,11 +90,11 @@ class VerilogJudge:
 
     def judge(self, problem: Problem, completion: str, rule: Rule) -> Verdict:
         try:
-            (problem["prompt"] + completion).encode()
+            completion.encode()
         except UnicodeEncodeError as error:
             return Verdict(False, f"failed: not UTF-8 text: {error.reason}")
         if rule == "official":
-            return self.official(problem, completion)
+            return (self.official_v2 if "ref" in problem else self.official_v1)(problem, completion)
         name = problem["task_id"]
         if name not in self.samples:
             found = self.reference_samples(problem)
@@ -86,7 +103,7 @@ class VerilogJudge:
             self.samples[name] = found
         return self.strict(problem, completion, self.samples[name])
 
-    def official(self, problem: Problem, completion: str) -> Verdict:
+    def official_v1(self, problem: Problem, completion: str) -> Verdict:
         text = f"{problem['test']}\n{problem['prompt']}\n{completion}"
         made = self.icarus("simulate", text, time.monotonic() + self.timeout, "tb")
         if made.killed:
@@ -101,6 +118,21 @@ class VerilogJudge:
             return Verdict(False, "failed: info string not matched.")
         wrong, total = found.groups()
         return Verdict(True, "passed") if wrong == "0" else Verdict(False, f"failed: {wrong} out of {total} samples.")
+
+    def official_v2(self, problem: Problem, completion: str) -> Verdict:
+        text = f"{header_for(completion, problem)}\n{completion}\n{problem['test']}\n{problem['ref']}"
+        made = self.icarus("simulate", text, time.monotonic() + self.timeout, "tb")
+        if made.killed:
+            return Verdict(False, made.killed)
+        matched, failing = False, ""
+        for line in (made.stderr + made.stdout).decode(errors="replace").splitlines():
+            if found := next((words for words in DECISIVE_V2 if words in line), None):
+                return Verdict(False, f"failed: {found}")
+            failing = failing or next((words for words in FAILING_V2 if words in line), "")
+            matched = matched or bool(MATCHED_V2.match(line))
+        if failing or not matched:
+            return Verdict(False, f"failed: {failing or 'mismatches, or no count of them'}")
+        return Verdict(True, "passed")
 
     def reference_samples(self, problem: Problem) -> int | str:
         """How many samples the test bench compares with the reference solution; or why it does not pass."""
@@ -124,7 +156,10 @@ class VerilogJudge:
         deadline = time.monotonic() + self.timeout
         bench = Bench()
         border = f"border_{secrets.token_hex(16)}"
-        made = self.icarus("expand", f"{problem['test']}\n{border}\n{problem['prompt']}\n{completion}", deadline)
+        test, head = problem["test"], problem["prompt"]
+        if "ref" in problem:  # v2
+            test, head = f"{test}\n{problem['ref']}", header_for(completion, problem)
+        made = self.icarus("expand", f"{test}\n{border}\n{head}\n{completion}", deadline)
         if made.killed == "timed out":
             return made.killed
         if made.killed or made.returncode != 0:

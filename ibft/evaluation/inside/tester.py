@@ -1,8 +1,8 @@
 """The process of the test: `tester.py CALLS ANSWERS`, the file descriptors of the candidate's process.
 
 On stdin JSON: `program` of the candidate; `before`, code that the test relies on (the prompt's helpers, imports);
-`test`, the code of the test; `call`, the statement that runs it; `names` that the candidate defines. On stdout JSON:
-`passed` and `result`.
+`test`, the code of the test; `call`, the statement that runs it; `names` that the candidate defines; `packages` that
+both may import. On stdout JSON: `passed` and `result`.
 
 The test runs here, with stand-ins for the candidate's names that call them over there: what it compares is plain data
 that this process has made, so only it can find that the test holds.
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 
+import packages
 import wire
 
 
@@ -103,6 +104,9 @@ def main():
     module = type(sys)("test")
     sys.modules["test"] = module
     try:
+        if folders := job["packages"]:
+            packages.allow(folders)
+            candidate.ask("run", f"__import__('packages').allow({folders!r})")
         candidate.ask("run", job["program"])
         run(job["before"], module)
         for name in job["names"]:

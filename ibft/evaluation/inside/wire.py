@@ -1,7 +1,9 @@
 """What two processes of the sandbox say to one another: frames of JSON that carry plain data and nothing else.
 
 Only values of the built-in types, and a few of the standard library, can cross; they arrive as fresh objects of exactly
-those types. An object with a `__eq__` of its own never reaches the process that compares.
+those types. An object with a `__eq__` of its own never reaches the process that compares. numpy's numbers arrive as
+Python's, which equal what they equal. Its arrays do not cross: as lists they would pass where they fail in one process,
+since an array that is compared with a list has no truth.
 """
 
 import collections
@@ -11,10 +13,13 @@ import fractions
 import itertools
 import json
 import os
+import re
+import sys
 import types
 
 FRAME_BYTES = 1 << 24
 ITEMS = 1 << 20  # of an iterator that is used up to send it
+LARGE = 1 << 63  # from here on integers are written to the base of 16: JSON's own fail beyond 4,300 digits
 
 
 class NotPlain(Exception):
@@ -26,7 +31,7 @@ class Closed(Exception):
 
 
 def send(fd, message):
-    data = json.dumps(message).encode()
+    data = json.dumps(message, separators=(",", ":")).encode()
     if len(data) > FRAME_BYTES:
         raise NotPlain(f"more than {FRAME_BYTES} bytes of data")
     data = len(data).to_bytes(4, "big") + data
@@ -79,7 +84,7 @@ def encode(value, keep=None):
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
-        return ["int", hex(int.__index__(value))]  # JSON's own would fail beyond 4,300 digits
+        return ["int", hex(int.__index__(value))]
     if isinstance(value, float):
         return ["float", float.__repr__(value)]
     if isinstance(value, complex):
@@ -88,30 +93,40 @@ def encode(value, keep=None):
         return ["bytearray" if isinstance(value, bytearray) else "bytes", bytes(value).hex()]
     try:
         if isinstance(value, list):
-            return ["list", *(encode(x, keep) for x in list.__iter__(value))]
+            return ["list", *_encode_items(list.__iter__(value), keep)]
         if isinstance(value, dict):
-            return ["dict", *([encode(k, keep), encode(v, keep)] for k, v in dict.items(value))]
+            return ["dict", *(_encode_items(pair, keep) for pair in dict.items(value))]
         for name, kind in SEQUENCES.items():
             if isinstance(value, kind):
-                return [name, *(encode(x, keep) for x in kind.__iter__(value))]
+                return [name, *_encode_items(kind.__iter__(value), keep)]
     except RecursionError:
         raise NotPlain("data nested too deeply, or within itself") from None
     for name, (kind, write, _) in TEXT.items():
         if isinstance(value, kind):
             return [name, write(value)]
     if isinstance(value, range):
-        return ["range", *(encode(x) for x in (value.start, value.stop, value.step))]
+        return ["range", *_encode_items((value.start, value.stop, value.step), keep)]
     if isinstance(value, ITERATORS) or type(value).__name__.endswith("_iterator"):
         items = list(itertools.islice(value, ITEMS + 1))
         if len(items) > ITEMS:
             raise NotPlain(f"an iterator of more than {ITEMS} items")
-        return ["iterator", *(encode(x, keep) for x in items)]
+        return ["iterator", *_encode_items(items, keep)]
     if isinstance(value, type({}.keys()) | type({}.values()) | type({}.items())):
         name = {"dict_keys": "keys", "dict_values": "values", "dict_items": "items"}[type(value).__name__]
-        return [name, *(encode(x, keep) for x in value)]
+        return [name, *_encode_items(value, keep)]
+    if isinstance(value, re.Match):
+        return ["match"]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic) and not isinstance(value.item(), numpy.generic):
+        return encode(value.item(), keep)
     if keep is not None and callable(value):
         return ["callable", keep(value)]
     raise NotPlain(f"a value of type {type(value).__name__}")
+
+
+def _encode_items(items, keep):
+    """Numbers among others are JSON's own: a list of a million fits a frame, and is not slow."""
+    return [x if type(x) is float or (type(x) is int and -LARGE < x < LARGE) else encode(x, keep) for x in items]
 
 
 def decode(data, call=None):
@@ -142,9 +157,11 @@ def _decode(data, call):
         return call(rest[0])
     if name in ("dict", "items"):
         pairs = rest if name == "dict" else [pair[1:] for pair in rest]
-        made = {_decode(k, call): _decode(v, call) for k, v in pairs}
+        made = dict(_decode_items(pair, call) for pair in pairs)
         return made if name == "dict" else made.items()
-    items = [_decode(x, call) for x in rest]
+    if name == "match":
+        return Match()
+    items = _decode_items(rest, call)
     if name == "list":
         return items
     if name in SEQUENCES:
@@ -158,6 +175,15 @@ def _decode(data, call):
     if name == "values":
         return dict(enumerate(items)).values()
     raise KeyError(name)
+
+
+def _decode_items(items, call):
+    return [x if type(x) is float or type(x) is int else _decode(x, call) for x in items]
+
+
+class Match:
+    """Of a match of a regular expression the other side sees that there was one: it is true, not None, equal to
+    nothing, and has no groups."""
 
 
 def refill(given, now):
