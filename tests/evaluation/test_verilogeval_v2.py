@@ -79,12 +79,12 @@ def test_what_is_missing_is_named(folder):
         load_problems(SUITES["verilogeval-v2"], str(folder))
     shutil.rmtree(folder)
     folder.mkdir()
-    with pytest.raises(DataError, match="no \\*_prompt.txt in it"):
+    with pytest.raises(DataError, match=r"no \*_prompt\.txt in it"):
         load_problems(SUITES["verilogeval-v2"], str(folder))
 
 
 def test_to_complete_needs_a_header(folder):
-    with pytest.raises(DataError, match="Prob001_increment.*expected text under ifc"):
+    with pytest.raises(DataError, match=r"Prob001_increment.*expected text under ifc"):
         load_problems(SUITES["verilogeval-v2-complete"], str(folder))
 
 
@@ -112,7 +112,7 @@ needs_icarus = pytest.mark.skipif(icarus_version() is None, reason="Icarus Veril
 def verdict(problem, design, rule):
     if reason := why_not_judged():
         pytest.skip(reason)
-    return list(make_judge(SUITES["verilogeval-v2"], rule).all([(problem, design)]))[0]
+    return next(make_judge(SUITES["verilogeval-v2"], rule).all([(problem, design)]))
 
 
 @needs_icarus
