@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ibft.analysis.cli import app as analyze
 from ibft.commands import Debug, one_line_errors
 from ibft.evaluation.cli import app as evaluate
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(evaluate, name="evaluate")
+app.add_typer(analyze, name="analyze")
 
 Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)

@@ -89,8 +89,18 @@ class IBConfig(Section):
     """Tapped decoder block, counted from 1, as in hidden_states; auto = round(2L/3) (20 of 30)."""
     latent_dim: PositiveInt = 256
     """Z."""
-    encoder: Literal["linear", "mlp"] = "linear"
-    """linear: the released code; mlp: the paper's words."""
+    alpha_warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the steps over which alpha rises linearly to its value."""
+    encoder: Literal["linear", "mlp", "random_projection"] = "linear"
+    """linear: the released code; mlp: the paper's words; random_projection: none is learned, mu is a fixed orthonormal
+    projection of the hidden state, the variance 1 (a control)."""
+    deterministic: bool = False
+    """z = mu, without noise; the KL stays (a control)."""
+    prior: Literal["standard", "learned_diagonal", "mixture"] = "standard"
+    """standard: N(0, I), the paper's. learned_diagonal: one Gaussian, trained. mixture: of Gaussians, trained; its KL
+    is estimated from the one sample. The last two are computed outside the fused kernels."""
+    prior_components: PositiveInt = 10
+    """Gaussians of the mixture."""
     mlp_dim: PositiveInt | None = None
     """Hidden width of the mlp encoder; default 2Z."""
     kl_reduction: Literal["batchmean", "mean"] = "batchmean"

@@ -122,10 +122,13 @@ def describe_objective(config: Config, layer: int | None, layers: int) -> str:
     if layer is None:
         return "objective: CE (ib.alpha = 0: plain fine-tuning, no bottleneck)"
     weight = ib.alpha if ib.kl_reduction == "batchmean" else ib.alpha / ib.latent_dim
+    variant = "" if ib.prior == "standard" else f", {ib.prior} prior"
+    variant += ", z = mu" if ib.deterministic else ""
+    variant += f", alpha rising over {ib.alpha_warmup_ratio:.0%} of the steps" if ib.alpha_warmup_ratio else ""
     how = "sum over dims, mean over tokens" if ib.kl_reduction == "batchmean" else "mean over dims and tokens"
     return (
         f"objective: CE + {ib.alpha:g} (KL + {ib.beta:g} CE_z) at layer {layer} of {layers}, "
-        f"Z {ib.latent_dim}, {ib.encoder} encoder\n"
+        f"Z {ib.latent_dim}, {ib.encoder} encoder{variant}\n"
         f"KL: {how} ({ib.kl_tokens}), so that each token's mean KL weighs {weight:.3g} per latent dimension"
     )
 

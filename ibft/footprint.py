@@ -267,7 +267,7 @@ class Setup:
             return []
         D, Z, ib = self.shape.hidden, self.config.ib.latent_dim, self.config.ib
         width = ib.mlp_dim or 2 * Z
-        encoder = [2 * Z * D, 2 * Z] if ib.encoder == "linear" else [width * D, width, 2 * Z * width, 2 * Z]
+        encoder = [2 * Z * D, 2 * Z] if ib.encoder != "mlp" else [width * D, width, 2 * Z * width, 2 * Z]
         return [*encoder, D * Z, D]
 
     @property

@@ -108,6 +108,7 @@ class Trainer:
             NonFiniteError: before the optimizer touches anything.
         """
         self.model.train()
+        self.objective.alpha = self.alpha
         parts = self.backward(micro_batches, collect=self.logs(self.step + 1))
         norms = gradient_norms(self.groups)
         if self.check_finite(parts, norms):
@@ -120,6 +121,12 @@ class Trainer:
         self.window.add(micro_batches)
         kl_tokens = sum(batch.num_kl_tokens for batch in micro_batches)
         return {"parts": parts, "norms": norms, "kl_tokens": kl_tokens, "learning_rate": rate}
+
+    @property
+    def alpha(self) -> float:
+        """Of the step to come, a function of its number."""
+        rising = math.ceil(self.config.ib.alpha_warmup_ratio * self.total_steps)
+        return self.config.ib.alpha * min(1.0, (self.step + 1) / max(rising, 1))
 
     def backward(self, micro_batches: list[Batch], *, collect: bool = False) -> LossParts:
         """Accumulate the gradient of a global batch (scaled by the fp16 scaler where there is one, then unscaled).

@@ -7,7 +7,7 @@ cross-entropies look only at the M positions whose next token is a label, and th
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -123,16 +123,20 @@ class IBObjective(nn.Module):
         kl_normalizer: int | float | torch.Tensor,
     ) -> LatentRequest | None:
         """The order to a fused tapped block, for which `forward` then takes the latent; arguments as there. None
-        without a bottleneck, or where its encoder is more than one layer.
+        without a bottleneck, or where the kernels do not hold all of it (`InformationBottleneck.fuses`).
         """
-        if self.bottleneck is None or not isinstance(self.bottleneck.encoder, nn.Linear):
+        if self.bottleneck is None or not self.bottleneck.fuses:
             return None
-        encoder = self.bottleneck.encoder
+        encoder = self.bottleneck.encoder_head
+        noise: dict[str, Any] = {"seed": seed, "noise_ids": noise_ids}
+        if self.bottleneck.deterministic:
+            dtype = autocast_dtype(noise_ids.device.type) or encoder.weight.dtype
+            noise = {"eps": self.bottleneck.no_noise(noise_ids.new_empty((), dtype=dtype).expand(noise_ids.shape))}
         return LatentRequest(
             Linear(encoder.weight, encoder.bias),
             {
-                "seed": seed, "noise_ids": noise_ids, "mask": kl_mask, "logvar_range": LOGVAR_RANGE,
-                "reduction": self.kl_reduction, "normalizer": kl_normalizer,
+                **noise, "mask": kl_mask, "logvar_range": LOGVAR_RANGE, "reduction": self.kl_reduction,
+                "normalizer": kl_normalizer,
             },
         )  # fmt: skip
 
@@ -187,9 +191,14 @@ class IBObjective(nn.Module):
         if tapped is None:
             raise ValueError("the bottleneck needs the tapped hidden states, got None")
         encoder, up = self.bottleneck.encoder_head, self.bottleneck.up
+        if not isinstance(tapped, Latent):
+            tapped = self.bottleneck(
+                tapped, seed=seed, noise_ids=noise_ids, eps=eps, mask=kl_mask, reduction=self.kl_reduction,
+                normalizer=kl_normalizer,
+            )  # fmt: skip
         parts = ib_objective(
             last_hidden,
-            tapped if isinstance(tapped, Latent) else self.bottleneck.features(tapped),
+            tapped,
             targets,
             rows=label_rows,
             head=head,
@@ -198,13 +207,6 @@ class IBObjective(nn.Module):
             alpha=self.alpha,
             beta=self.beta,
             normalizer=label_normalizer,
-            seed=seed,
-            noise_ids=noise_ids,
-            eps=eps,
-            mask=kl_mask,
-            logvar_range=LOGVAR_RANGE,
-            reduction=self.kl_reduction,
-            kl_normalizer=kl_normalizer,
         )
         sums = latent_sums(parts.latent, kl_mask) if collect else None
         return LossParts(parts.loss, parts.ce.detach(), parts.kl.detach(), parts.ce_z.detach(), sums)

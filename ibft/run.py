@@ -179,6 +179,7 @@ def build_trainer(
     from ibft.objective import IBObjective
     from ibft.offload import offload_embeddings
     from ibft.optim import Groups, make_optimizer, make_scheduler
+    from ibft.priors import make_prior
     from ibft.recompute import HostCopies, set_recompute
     from ibft.tap import HiddenTap
 
@@ -188,10 +189,10 @@ def build_trainer(
     plan = (choice or plan_memory(config, base.config, data, device, dtype, budget)).plan
     embeddings = offload_embeddings(base, device) if plan.offload_embeddings else None
     model = add_lora(base, config.lora, context=context)
-    one_layer_encoder = layer if config.ib.encoder == "linear" else None
+    fuses = config.ib.encoder != "mlp" and config.ib.prior == "standard"
     layers = base.config.num_hidden_layers
     fused = (
-        fuse(model, context, tapped_layer=one_layer_encoder)
+        fuse(model, context, tapped_layer=layer if fuses else None)
         if config.train.fused_kernels
         else Fused(mlps=[None] * layers, packs=False)
     )
@@ -200,10 +201,16 @@ def build_trainer(
     bottleneck, tap = None, None
     if layer is not None:
         torch.manual_seed(config.runtime.seed)
+        ib = config.ib
+        if ib.encoder == "random_projection" and ib.latent_dim > base.config.hidden_size:
+            raise ConfigError(
+                f"ib.latent_dim: got {ib.latent_dim}, expected at most {base.config.hidden_size} to project"
+            )
         bottleneck = InformationBottleneck(
-            base.config.hidden_size, config.ib.latent_dim, config.ib.encoder, config.ib.mlp_dim
-        ).to(accelerator.device)
-        groups["bottleneck"] = list(bottleneck.parameters())
+            base.config.hidden_size, ib.latent_dim, ib.encoder, ib.mlp_dim,
+            deterministic=ib.deterministic, prior=make_prior(ib.prior, ib.latent_dim, ib.prior_components),
+        ).to(accelerator.device)  # fmt: skip
+        groups["bottleneck"] = [weight for weight in bottleneck.parameters() if weight.requires_grad]
         tap = HiddenTap(model, layer)
     objective = IBObjective(bottleneck, alpha=config.ib.alpha, beta=config.ib.beta, kl_reduction=config.ib.kl_reduction)
     optimizer, notices = make_optimizer(

@@ -6,7 +6,6 @@ samples -> one process or two each, in the sandbox -> verdicts, in the order of 
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from ibft.evaluation.verilog_judge import VerilogJudge, icarus_version
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 JudgeOne = Callable[[Problem, str], Verdict]
+LONGEST, MOST_JOBS = 86_400, 1024
 NOT_JUDGED = "not judged: "  # before what the machine lacked: no fault of the sample's
 
 
@@ -65,11 +65,11 @@ def make_judge(
         SetupError: no sandbox here (`find_tier`), or no Icarus Verilog where it is needed.
     """
     timeout = suite.timeout if timeout is None else timeout
-    if not 0 < timeout < math.inf:
-        raise ValueError(f"timeout: got {timeout}, expected a positive number of seconds")
+    if not 0 < timeout <= LONGEST:
+        raise ValueError(f"timeout: got {timeout:g}, expected seconds above 0, at most {LONGEST:,}")
     jobs = (os.cpu_count() or 1) if jobs is None else jobs
-    if jobs < 1:
-        raise ValueError(f"jobs: got {jobs}, expected 1 or more")
+    if not 1 <= jobs <= MOST_JOBS:
+        raise ValueError(f"jobs: got {jobs}, expected 1 to {MOST_JOBS:,}")
     if suite.name == "gsm8k":
         return Judge(suite, rule, partial(judge_answer, rule=rule), {}, timeout, jobs)
     icarus = icarus_version() if suite.name.startswith("verilogeval") else ""
@@ -145,7 +145,8 @@ def judge_file(
     with out.open("a", encoding="utf-8") as file:
         for sample, head in zip(left, heads[len(rows) :], strict=True):
             verdict = Verdict(False, sample.fault) if sample.fault else next(verdicts)
-            row = head | sample.rest | {"passed": verdict.passed, "result": verdict.result}
+            rest = {name: value for name, value in sample.rest.items() if name not in head}
+            row = head | rest | {"passed": verdict.passed, "result": verdict.result}
             file.write(json.dumps(row) + "\n")
             file.flush()
             rows.append(row)

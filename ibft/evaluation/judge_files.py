@@ -59,7 +59,8 @@ def run_judge(
         print(f"{samples}, {fault}", file=sys.stderr)
     if faults:
         more = f", {len(faults) - SHOWN} of them not shown" if len(faults) > SHOWN else ""
-        raise DataError(f"{samples}: {len(faults)} faulty lines{more}; all others are judged")
+        lines = "faulty line" if len(faults) == 1 else "faulty lines"
+        raise DataError(f"{samples}: {len(faults)} {lines}{more}; the rest is judged")
     if lost := [row["result"] for row in rows if was_not_judged(row)]:
         reason = lost[0].removeprefix(NOT_JUDGED)
         raise SetupError(f"{len(lost)} samples could not be judged ({reason}); mend that and run the same again")

@@ -125,7 +125,9 @@ def in_one(sandbox: Sandbox, job: Job, limits: Limits, timeout: float) -> Verdic
     report = ended.stdout.decode(errors="replace")
     if ended.returncode == 0 and report == secret:
         return Verdict(True, "passed")
-    return Verdict(False, report or f"left before its test had returned (exit {ended.returncode})")
+    if not report:
+        return Verdict(False, f"left before its test had returned (exit {ended.returncode})")
+    return Verdict(False, f"failed: {report.removeprefix('failed: ')}")  # the program may have written it
 
 
 def ended_badly(ended: Ended) -> str:

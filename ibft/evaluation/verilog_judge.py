@@ -58,10 +58,18 @@ TOKEN = re.compile(
       | (?P<escaped>\\[^\s]+)
       | (?P<system>\$[A-Za-z0-9_$]+)
       | (?P<directive>`[A-Za-z_][\w$]*)
+      | (?P<number>(?:
+            '[sS]?(?: [bB]\s*[01xXzZ?_]+ | [oO]\s*[0-7xXzZ?_]+ | [hH]\s*[0-9a-fA-FxXzZ?_]+
+                    | [dD]\s*(?: [0-9][0-9_]* | [xXzZ?]_* ) )
+          | '[01xXzZ]
+          | [0-9][0-9_]*(?:\.[0-9][0-9_]*)?(?:[eE][+-]?[0-9][0-9_]*)?
+        )(?P<glued>[\w$]*))
       | (?P<name>[A-Za-z_][\w$]*)
       | (?P<other>.)""",
-    re.VERBOSE | re.DOTALL,
+    re.VERBOSE | re.DOTALL | re.ASCII,
 )
+KINDS = ("space", "text", "escaped", "system", "directive", "number", "name", "other")
+UNITS = frozenset({"s", "ms", "us", "ns", "ps", "fs"})
 HARMLESS = frozenset(
     """
     $display $displayb $displayo $displayh $write $writeb $writeo $writeh $strobe $strobeb $strobeo $strobeh
@@ -211,18 +219,17 @@ class Bench:
 def checked(design: str) -> tuple[str, list[str]]:
     """(the preprocessed design without its comments, what it uses and may not, sorted).
 
-    Icarus takes `\\$name` for the system task, ends an escaped name at a control character, and leaves out the rest
-    of a line after directives that it does not know: none of the three may be there.
+    Icarus takes `\\$name` for the system task, ends an escaped name at a control character, leaves out the rest of a
+    line after directives that it does not know, and reads `1_force` as a number and a keyword: none of those may be
+    there.
     """
     faults = set()
-    parts = []
-    for kind, text in tokens(design):
+    bare = "".join(" " if text.startswith(("//", "/*")) else text for _, text in tokens(design))
+    for kind, text in tokens(bare):
         if kind == "space":
-            parts.append(" " if text.startswith("/") else text)
-            if not text.startswith("/") and set(text) - set(" \t\n\r"):
+            if set(text) - set(" \t\n\r"):
                 faults.add("a control character")
             continue
-        parts.append(text)
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
             faults.add("a control character")
         if (
@@ -234,10 +241,12 @@ def checked(design: str) -> tuple[str, list[str]]:
             faults.add(text)
         if kind == "other" and text in '"`\\':
             faults.add(f"a stray {text}")
-    return "".join(parts), sorted(faults)
+        if kind == "number" and (glued := TOKEN.fullmatch(text)["glued"]) and glued not in UNITS:  # type: ignore[index]
+            faults.add(f"a number and {glued} in one")
+    return bare, sorted(faults)
 
 
 def tokens(text: str) -> Iterator[tuple[str, str]]:
     """(kind, text) of each token of Verilog, spaces and comments too."""
     for found in TOKEN.finditer(text):
-        yield str(found.lastgroup), found[0]
+        yield next(kind for kind in KINDS if found[kind] is not None), found[0]

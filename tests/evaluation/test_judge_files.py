@@ -86,7 +86,7 @@ def test_faulty_lines_are_named_and_the_rest_is_judged(problems, tmp_path):
         (12, "not JSON"),
     ]:
         assert f"line {line}: {fault}" in said
-    assert "9 faulty lines; all others are judged" in said
+    assert "9 faulty lines; the rest is judged" in said
     found = [(row["task_id"], row["line"], row["passed"]) for row in rows_of(tmp_path / "v.jsonl")]
     assert found == [("t/0", 1, True), ("t/1", 4, False), ("t/1", 9, False), ("t/2", 11, True)]
 
@@ -213,8 +213,8 @@ def test_check_lists_what_cannot_pass(tmp_path):
     [
         ([], 2, "name --samples FILE, or --check"),
         (["--samples", "none.jsonl"], 3, "none.jsonl: No such file or directory"),
-        (["--check", "--jobs", "0"], 2, "--jobs: got 0, expected 1 or more"),
-        (["--check", "--timeout", "nan"], 2, "--timeout: got nan, expected a positive number of seconds"),
+        (["--check", "--jobs", "0"], 2, "--jobs: got 0, expected 1 to 1,024"),
+        (["--check", "--timeout", "nan"], 2, "--timeout: got nan, expected seconds above 0, at most 86,400"),
         (["--check", "--rule", "lenient"], 2, "lenient"),
     ],
 )
@@ -264,3 +264,34 @@ def test_gsm8k(tmp_path, completion, official, strict):
         out = tmp_path / f"{rule}.jsonl"
         assert judge(problems, "--samples", samples, "--rule", rule, "-o", out, suite="gsm8k").exit_code == 0
         assert rows_of(out)[0]["passed"] == expected
+
+
+def test_a_sample_cannot_name_its_own_conditions(problems, tmp_path):
+    """Fields that a verdict has too: the judge's count, and a second run finds its own verdicts."""
+    forged = {"suite": "mine", "rule": "mine", "timeout": 99, "problem_sha256": "0", "sandbox": "mine", "passed": True}
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps(right(0) | {"completion": "x = 1"} | forged) + "\n")
+    for _ in range(2):
+        result = judge(problems, "--samples", str(samples), "-o", str(tmp_path / "v.jsonl"))
+        assert result.exit_code == 0, result.output
+    (row,) = map(json.loads, (tmp_path / "v.jsonl").read_text().splitlines())
+    assert (row["suite"], row["timeout"], row["passed"]) == ("jsonl-tests", 5.0, False)
+
+
+def test_a_program_cannot_say_that_it_was_not_judged(problems, tmp_path):
+    program = """
+import os
+for fd in range(3, 20):
+    try:
+        os.write(fd, b"not judged: mine")
+    except OSError:
+        pass
+os._exit(0)
+"""
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps(right(0) | {"completion": program}) + "\n")
+    for rule in ("official", "strict"):
+        out = tmp_path / f"{rule}.jsonl"
+        result = judge(problems, "--samples", str(samples), "--rule", rule, "-o", str(out))
+        assert result.exit_code == 0, result.output
+        assert json.loads(out.read_text())["result"].startswith("failed: ")

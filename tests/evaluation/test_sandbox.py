@@ -168,6 +168,25 @@ except OSError as error:
     assert run(Sandbox(tier), program, folder_bytes=8 * MIB).stdout == b"8 No space left on device\n"
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of system calls are x86_64's")
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ("unshare", "272, 0x10000000"), ("setns", "308, 0, 0"), ("mount", "165, 0, b'/tmp', b'tmpfs', 0, 0"),
+        ("shmget", "29, 0, 4096, 0o1600"), ("msgget", "68, 0, 0o1600"), ("semget", "64, 0, 1, 0o1600"),
+        ("add_key", "248, b'user', b'a', b'b', 1, -3"), ("keyctl", "250, 0, -3, 0"), ("ptrace", "101, 0, 0, 0, 0"),
+        ("io_uring_setup", "425, 1, ctypes.create_string_buffer(120)"), ("userfaultfd", "323, 1"),
+        ("fsopen", "430, b'tmpfs', 0"),
+    ],
+)  # fmt: skip
+def test_calls_that_reach_past_the_walls(sandbox, call, arguments):
+    program = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        f"print(libc.syscall({arguments}), ctypes.get_errno(), libc.syscall(39) > 0)"
+    )
+    assert run(sandbox, program).stdout == b"-1 1 True\n"
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="a second table of system calls is x86_64's")
 def test_the_second_table_of_system_calls_is_closed(sandbox):
     program = "import ctypes\nprint('on', flush=True)\nctypes.CDLL(None).syscall(0x40000000 | 57)\nprint('past')"

@@ -104,6 +104,8 @@ def encode(value, keep=None):
     for name, (kind, write, _) in TEXT.items():
         if isinstance(value, kind):
             return [name, write(value)]
+    if isinstance(value, datetime.timedelta):
+        return ["timedelta", value.days, value.seconds, value.microseconds]
     if isinstance(value, range):
         return ["range", *_encode_items((value.start, value.stop, value.step), keep)]
     if isinstance(value, ITERATORS) or type(value).__name__.endswith("_iterator"):
@@ -153,6 +155,8 @@ def _decode(data, call):
         return {"bytes": bytes, "bytearray": bytearray}[name].fromhex(rest[0])
     if name in TEXT:
         return TEXT[name][2](rest[0])
+    if name == "timedelta":
+        return datetime.timedelta(*map(int, rest))
     if name == "callable":
         return call(rest[0])
     if name in ("dict", "items"):

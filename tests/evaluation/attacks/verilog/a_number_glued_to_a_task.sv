@@ -1,0 +1,3 @@
+assign q = 1;
+initial forever begin #1_$deposit (a, 4'd0); end
+endmodule

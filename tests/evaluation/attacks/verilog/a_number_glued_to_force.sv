@@ -1,0 +1,3 @@
+assign q = 1;
+initial #1_force a = 0;
+endmodule
