@@ -18,8 +18,8 @@ SIGKILL = 9
 CLONE_THREAD, AF_UNIX = 0x10000, 1
 EPERM, EACCES, ENOSYS = 1, 13, 38
 # audit architecture, clone, clone3, socket, and the calls that are refused: fork and vfork; unshare, setns; mount,
-# umount2, pivot_root; shmget, shmat, msgget, semget (memory that no limit counts, and that outlives a process); add_key,
-# request_key, keyctl (what the next sample could read); bpf, perf_event_open, userfaultfd, ptrace
+# umount2, pivot_root; shmget, shmat, msgget, semget (memory that no limit counts, and that outlives a process);
+# add_key, request_key, keyctl (what the next sample could read); bpf, perf_event_open, userfaultfd, ptrace
 CALLS = {
     "x86_64": (
         0xC000003E, 56, 435, 41,
