@@ -63,8 +63,12 @@ class DataConfig(Section):
     """Pad each row to max_length (the released code) instead of to the longest of its batch."""
     add_eos: bool = True
     """Teach the end-of-sequence token after the response."""
+    keep_ids: str | None = None
+    """File of row numbers (`analyze partition` writes such): train on these rows alone."""
+    drop_ids: str | None = None
+    """The same: leave these rows out."""
     max_samples: PositiveInt | None = None
-    """Use only the first rows."""
+    """Use only the first rows (of those that are left)."""
 
 
 class LoraConfig(Section):

@@ -1,9 +1,7 @@
 """`ibft-fast train`: from a configuration to a trained adapter and a table that says what it was worth."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import signal
@@ -338,15 +336,18 @@ def load_data(config: Config, tokenizer: "PreTrainedTokenizerBase", console: Con
         DataError: missing, malformed, empty, or no row with a label.
     """
     from ibft.data.encode import encode_rows
+    from ibft.data.ids import choose_rows, hash_rows
     from ibft.data.sources import load_rows
     from ibft.tiny import task_file
 
     settings = config.data
     train_path = str(task_file("train")) if settings.path == BUNDLED else settings.path
-    rows = load_rows(train_path, split=settings.split)[: settings.max_samples]
-    if not rows:
-        raise DataError(f"{train_path}: no rows")
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+    rows = load_rows(train_path, split=settings.split)
+    given = len(rows)
+    rows = choose_rows(rows, settings.path, keep=settings.keep_ids, drop=settings.drop_ids)[: settings.max_samples]
+    digest = hash_rows(rows)
+    if settings.keep_ids or settings.drop_ids:
+        console.data("rows", f"{len(rows):,} of {given:,} (data.keep_ids, data.drop_ids)")
     train = encode_rows(rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos)
     console.data("training data", train.summary())
     held_out = None

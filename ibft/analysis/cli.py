@@ -114,7 +114,7 @@ def geometry(
     """How far apart the most and the least memorised rows lie in the hidden states of a base and of its fine-tunings.
 
     Example: `ibft-fast analyze geometry --model ID --adapter FT=runs/ft/adapter --adapter IB-FT=runs/ib/adapter
-    --data rows.jsonl --most parts/most.json --least parts/least.json`
+    --data rows.jsonl --most parts/most_memorised.json --least parts/least_memorised.json`
 
     Exit codes: 0 done, 2 arguments, 3 data, 4 model or device, 5 the model gives NaN, 6 out of memory.
     """

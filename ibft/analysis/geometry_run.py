@@ -6,7 +6,6 @@ fine-tuning (explanation 2 of arXiv 2510.16022: plain fine-tuning widens that di
 One model is in memory at a time, with one vector a sample and layer; of the models before it only the metrics are kept.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ibft.config import BUNDLED
 from ibft.data.encode import Sample, encode_rows, to_prompt_response
+from ibft.data.ids import Ids, read_ids
 from ibft.data.sources import Row
 from ibft.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError
 
@@ -73,7 +73,8 @@ def run_geometry(
         raise ConfigError("analyze geometry: name at least one model")
     check_out(out)
 
-    from ibft.analysis.memorization import hash_rows, load_data
+    from ibft.analysis.memorization import load_data
+    from ibft.data.ids import hash_rows
 
     rows, on_disk = load_data(data, split)
     ids = read_groups({"most": most, "least": least, "reference": reference}, rows, data, seed)
@@ -186,16 +187,6 @@ def common_depth(models: Mapping[str, "LocalModel"]) -> int:
 
 
 @dataclass(frozen=True)
-class Ids:
-    """numbers: of rows, from 0. file: None: drawn. data_sha256: what the file says of its data, if anything."""
-
-    file: str | None
-    sha256: str | None
-    numbers: list[int]
-    data_sha256: object = None
-
-
-@dataclass(frozen=True)
 class Group:
     """samples: by row number. dropped: rows with no label left. truncated: how many are cut on the right."""
 
@@ -228,32 +219,6 @@ def read_groups(files: Mapping[str, str | None], rows: Sequence[Row], data: str,
                 raise DataError(f"--{name}: {file} has id {number}, which --{owner[number]} has too")
             owner[number] = name
     return groups
-
-
-def read_ids(option: str, file: str, rows: int, data: str) -> Ids:
-    """Raises DataError: it cannot be read, is no JSON object with a list `ids` of numbers, or one of them is no row's
-    or there twice."""
-    try:
-        content = Path(file).expanduser().read_bytes()
-        found = json.loads(content)
-    except OSError as error:
-        raise DataError(f"{option}: {file}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{option}: {file} is not JSON: {error}") from error
-    ids = found.get("ids") if isinstance(found, dict) else None
-    if not isinstance(ids, list):
-        raise DataError(f'{option}: {file} has no list of ids: expected {{"ids": [numbers of rows, from 0]}}')
-    if not ids:
-        raise DataError(f"{option}: {file} has an empty list of ids")
-    for number in ids:
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise DataError(f"{option}: {file} has the id {number!r:.80}, expected whole numbers")
-        if not 0 <= number < rows:
-            raise DataError(f"{option}: {file} has id {number}, but {data} has the rows 0 .. {rows - 1}")
-    if len(set(ids)) < len(ids):
-        twice = next(number for i, number in enumerate(ids) if number in ids[:i])
-        raise DataError(f"{option}: {file} has id {twice} twice")
-    return Ids(file, hashlib.sha256(content).hexdigest(), ids, found.get("data_sha256"))
 
 
 def encode_groups(

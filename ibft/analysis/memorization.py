@@ -16,7 +16,6 @@ The end-of-sequence token is taught, but no part of the scores: it says nothing 
 tokens after some steps of training, and plain texts and other models' data have none.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from ibft.analysis.min_k import min_k, min_k_pp
 from ibft.config import BUNDLED
 from ibft.data.encode import ACCEPTED_KEYS, FORMATS, Sample, encode_rows, to_prompt_response
+from ibft.data.ids import hash_rows
 from ibft.data.sources import Row, load_rows
 from ibft.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError
 from ibft.evaluation.samples import lines_of
@@ -159,11 +159,6 @@ def load_data(data: str, split: str) -> tuple[list[Row], bool]:
     if split not in SPLITS:
         raise ConfigError(f"--split: got {split}, expected {', '.join(SPLITS)} of {BUNDLED}")
     return load_rows(str(task_file(split))), True
-
-
-def hash_rows(rows: Sequence[Row]) -> str:
-    """The same as in a run's manifest, if the run took all rows."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
