@@ -18,6 +18,7 @@ from ibft.errors import ConfigError, DataError, OutOfMemoryError, SetupError
 from ibft.memory import free_memory, peak_memory_mib
 from ibft.plan import CUDA_CONTEXT, GIB, Choice, Load, ModelShape, Setup, choose_plan
 from ibft.rundir import RunDir
+from ibft.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -107,12 +108,15 @@ def train_and_report(
 ) -> int:
     """Pass@1, training, Pass@1 again; then the table."""
     rows: list[dict[str, Any]] = []
+    watch = Watch(config, trainer.total_steps)
 
     def log(row: dict[str, Any]) -> None:
         rows.append(row)
         run_dir.log(row)
         trainer.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         console.metrics(row)
+        for warning in watch.see(row):
+            console.notice(f"warning: step {row['step']}: {warning}")
 
     def save(name: str) -> None:
         run_dir.save_adapter(name, trainer.model, trainer.objective.bottleneck, tokenizer)
