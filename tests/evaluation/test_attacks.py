@@ -227,8 +227,12 @@ def test_honest_designs_pass_the_strict_rule(tier):
 
 @needs_icarus
 @pytest.mark.parametrize(
-    "name", ["ends_the_simulation", "reads_the_reference", "forces_its_inputs", "writes_the_count", "forces_the_match"]
-)
+    "name",
+    [
+        "ends_the_simulation", "reads_the_reference", "forces_its_inputs", "writes_the_count", "forces_the_match",
+        "a_number_glued_to_force", "a_number_glued_to_a_task", "a_real_glued_to_force",
+    ],
+)  # fmt: skip
 def test_these_designs_fool_the_official_rule(tier, name):
     (verdict,) = verilog("official").all([(PROBLEM, VERILOG[name])])
     assert verdict.passed, verdict
