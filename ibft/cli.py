@@ -10,6 +10,8 @@ import typer
 from ibft.analysis.cli import app as analyze
 from ibft.commands import Debug, one_line_errors
 from ibft.evaluation.cli import app as evaluate
+from ibft.reproduce.cli import app as reproduce
+from ibft.sweep.cli import sweep
 
 if TYPE_CHECKING:
     from ibft.config import Config
@@ -24,6 +26,8 @@ app = typer.Typer(
 )
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(analyze, name="analyze")
+app.add_typer(reproduce, name="reproduce")
+app.command()(sweep)
 
 Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)

@@ -89,8 +89,9 @@ class IBConfig(Section):
     """Weight of the whole bottleneck term; 0 is plain QLoRA fine-tuning without any bottleneck cost."""
     beta: NonNegative = 0.02
     """Weight of the prediction loss from z, within the bottleneck term."""
-    layer: PositiveInt | Literal["auto"] = "auto"
-    """Tapped decoder block, counted from 1, as in hidden_states; auto = round(2L/3) (20 of 30)."""
+    layer: PositiveInt | Literal["auto"] | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = "auto"
+    """Tapped decoder block, counted from 1, as in hidden_states; auto = round(2L/3) (20 of 30). Several, as 4,6: each
+    gets a bottleneck of its own, and the bottleneck term is their mean. A list of one is its number."""
     latent_dim: PositiveInt = 256
     """Z."""
     alpha_warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -113,6 +114,21 @@ class IBConfig(Section):
     """Tokens of the KL: real (no pads), all (pads too; needs pad_to_max_length), response (labelled positions)."""
     learning_rate: NonNegative | None = None
     """Of encoder and up-projection; default: train.learning_rate."""
+
+    @field_validator("layer", mode="wrap")
+    @classmethod
+    def _one_or_several(cls, value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        if isinstance(value, str) and "," in value:
+            value = value.split(",")
+        try:
+            layer = handler(value)
+        except ValidationError:
+            raise ValueError("expected auto, a number from 1, or several as in 4,6") from None
+        if not isinstance(layer, tuple):
+            return layer
+        if len(set(layer)) < len(layer):
+            raise ValueError("expected each layer once")
+        return layer[0] if len(layer) == 1 else tuple(sorted(layer))
 
 
 class TrainConfig(Section):

@@ -37,7 +37,7 @@ class Console:
         self,
         config: Config,
         *,
-        layer: int | None,
+        layer: int | tuple[int, ...] | None,
         layers: int,
         device: "torch.device",
         dtype: "torch.dtype",
@@ -116,20 +116,27 @@ def size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:,.0f} MiB"
 
 
-def describe_objective(config: Config, layer: int | None, layers: int) -> str:
-    """One line that settles the published ambiguity: how strongly KL weighs, per token and per latent dimension."""
+def describe_objective(config: Config, layer: int | tuple[int, ...] | None, layers: int) -> str:
+    """One line that settles the published ambiguity: how strongly KL weighs, per token and per latent dimension.
+
+    layer: tapped, or several; None without a bottleneck.
+    """
     ib = config.ib
     if layer is None:
         return "objective: CE (ib.alpha = 0: plain fine-tuning, no bottleneck)"
     weight = ib.alpha if ib.kl_reduction == "batchmean" else ib.alpha / ib.latent_dim
+    where, whose = f"at layer {layer}", ""
+    if isinstance(layer, tuple):
+        weight /= len(layer)
+        where, whose = f"in the mean over layers {', '.join(map(str, layer))}", " of each layer"
     variant = "" if ib.prior == "standard" else f", {ib.prior} prior"
     variant += ", z = mu" if ib.deterministic else ""
     variant += f", alpha rising over {ib.alpha_warmup_ratio:.0%} of the steps" if ib.alpha_warmup_ratio else ""
     how = "sum over dims, mean over tokens" if ib.kl_reduction == "batchmean" else "mean over dims and tokens"
     return (
-        f"objective: CE + {ib.alpha:g} (KL + {ib.beta:g} CE_z) at layer {layer} of {layers}, "
+        f"objective: CE + {ib.alpha:g} (KL + {ib.beta:g} CE_z) {where} of {layers}, "
         f"Z {ib.latent_dim}, {ib.encoder} encoder{variant}\n"
-        f"KL: {how} ({ib.kl_tokens}), so that each token's mean KL weighs {weight:.3g} per latent dimension"
+        f"KL: {how} ({ib.kl_tokens}), so that each token's mean KL weighs {weight:.3g} per latent dimension{whose}"
     )
 
 

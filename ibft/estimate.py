@@ -33,7 +33,7 @@ def run_estimate(config: Config, notices: list[str]) -> None:
     """
     if config.model.name_or_path == BUNDLED and is_local(config.data.path):
         os.environ["HF_HUB_OFFLINE"] = "1"
-    from ibft.model import load_model_config, resolve_layer
+    from ibft.model import load_model_config, resolve_layers
 
     console = Console()
     for notice in notices:
@@ -42,7 +42,7 @@ def run_estimate(config: Config, notices: list[str]) -> None:
     itemsize = choose_dtype(config.train, torch.device(device)).itemsize if here else None
     base = load_model_config(config.model, needs_weights=False)
     if config.ib.alpha > 0:
-        resolve_layer(config.ib.layer, base.num_hidden_layers)
+        resolve_layers(config.ib.layer, base.num_hidden_layers)
     data = find_data(config, console)
     known = None if isinstance(data, str) else data.train
     setup = Setup.of(ModelShape.of(base), config, device, itemsize, Load.of(config, known))
@@ -138,16 +138,17 @@ def memory_table(s: Setup, choice: Choice) -> Table:
     dtype = dtype_name(s)
     adapters = shape.layers * s.adapter_parameters
     linears = f"{count(shape.layers * shape.linear_parameters)} parameters in 4 bits, embeddings and head in {dtype}"
+    several = f"{len(s.tapped)} layers, each " if len(s.tapped) > 1 else ""
     notes = {
         "base weights": linears if config.model.quantization == "nf4" else f"in {dtype}",
         "adapters": f"LoRA r {config.lora.r}: {count(adapters)} parameters in fp32, and a copy in {dtype}",
         "gradients": "of the adapters, in fp32",
         "optimizer state": config.train.optim,
-        "bottleneck": f"Z {config.ib.latent_dim}; its gradients and optimizer state too",
+        "bottleneck": f"{several}Z {config.ib.latent_dim}; gradients and optimizer state too",
         "kept activations": f"of {s.load.tokens:,} tokens, from forward to backward",
         "working memory": f"at the widest moment: {choice.estimate.moment}",
         "head": "logits, a chunk at a time, and their rows' gradients",
-        "folded head": f"{shape.vocab:,} x {config.ib.latent_dim} for the latent, and its gradient",
+        "folded head": f"{several}{shape.vocab:,} x {config.ib.latent_dim} for the latent, and its gradient",
         "data": "ids, positions, noise keys",
         "CUDA context": "driver and libraries, before the first tensor",
     }

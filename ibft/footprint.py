@@ -212,14 +212,14 @@ class Load:
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, a configuration and the kind of device, before any plan. `layer`: the tapped block, None without one."""
+    """A model, a configuration and the kind of device, before any plan. `tapped`: the blocks with a bottleneck."""
 
     shape: ModelShape
     config: Config
     device: Literal["cpu", "cuda"]
     itemsize: int
     load: Load
-    layer: int | None
+    tapped: tuple[int, ...]
 
     @classmethod
     def of(
@@ -229,11 +229,12 @@ class Setup:
         if itemsize is None:
             wide = {"fp32": True, "auto": device == "cpu"}.get(config.train.mixed_precision, False)
             itemsize = 4 if wide else 2
-        layer = None
-        if config.ib.alpha > 0:
-            layer = round(2 * shape.layers / 3) if config.ib.layer == "auto" else config.ib.layer
+        layer = round(2 * shape.layers / 3) if config.ib.layer == "auto" else config.ib.layer
+        tapped: tuple[int, ...] = layer if isinstance(layer, tuple) else (layer,)
+        if config.ib.alpha == 0:
+            tapped = ()
         kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
-        return cls(shape, config, kind, itemsize, Load.of(config) if load is None else load, layer)
+        return cls(shape, config, kind, itemsize, Load.of(config) if load is None else load, tapped)
 
     @property
     def on_cpu(self) -> bool:
@@ -262,21 +263,19 @@ class Setup:
 
     @property
     def bottleneck_tensors(self) -> list[int]:
-        """Elements of each parameter of encoder and up-projection; none without a bottleneck."""
-        if self.layer is None:
-            return []
+        """Elements of each parameter of encoder and up-projection, of all bottlenecks; none without one."""
         D, Z, ib = self.shape.hidden, self.config.ib.latent_dim, self.config.ib
         width = ib.mlp_dim or 2 * Z
         encoder = [2 * Z * D, 2 * Z] if ib.encoder != "mlp" else [width * D, width, 2 * Z * width, 2 * Z]
-        return [*encoder, D * Z, D]
+        return [*encoder, D * Z, D] * len(self.tapped)
 
     @property
     def folds(self) -> bool:
-        """Whether the latent head is one [V, Z] matrix a step, or two products each time."""
+        """Whether a latent head is one [V, Z] matrix a step, or two products each time."""
         from ibft_kernels import fold_pays
 
         step_labels = self.load.labels * self.load.accumulation
-        return self.layer is not None and fold_pays(step_labels, self.shape.hidden, self.config.ib.latent_dim)
+        return bool(self.tapped) and fold_pays(step_labels, self.shape.hidden, self.config.ib.latent_dim)
 
 
 @dataclass(frozen=True)
@@ -434,11 +433,11 @@ def _saved_mask(s: Setup) -> int:
 
 
 def latent_bytes(s: Setup, mode: Recompute) -> int:
-    """mu | logvar and z, beside what the tapped block keeps; the torch path keeps the noise too."""
-    if s.layer is None:
-        return 0
+    """mu | logvar and z, beside what the tapped block keeps; the torch path keeps the noise too, unless the block that
+    it is part of is run again (of several layers each latent is made outside its block)."""
     ib, e = s.config.ib, s.itemsize
-    token = 3 * ib.latent_dim * e + (4 * ib.latent_dim if s.on_cpu and mode != "full" else 0)
+    again = mode == "full" and len(s.tapped) == 1
+    token = 3 * ib.latent_dim * e + (4 * ib.latent_dim if s.on_cpu and not again else 0)
     if ib.encoder == "mlp":  # the hidden layer before and after GELU, and h in fp32 where it is cast
         token += 2 * (ib.mlp_dim or 2 * ib.latent_dim) * e
     return s.load.tokens * token
@@ -456,7 +455,7 @@ def kept_bytes(s: Setup, plan: Plan) -> list[int]:
         if mode == "full" and plan.activation_offloading and not s.on_cpu:
             offloaded += 1
             size = stream if offloaded <= IN_FLIGHT else 0
-        if s.layer == index + 1:
+        if index + 1 in s.tapped:
             size += latent_bytes(s, mode)
         kept.append(size)
     return kept
@@ -507,22 +506,25 @@ def head_bytes(s: Setup) -> tuple[int, int]:
     shape, e, load = s.shape, s.itemsize, s.load
     D, V, N, M = shape.hidden, shape.vocab, load.tokens, load.labels
     chunk, rows = chunk_bytes(s, M)
-    direct = 2 if s.layer is not None and not s.folds else 1  # unfolded, both heads read [M, D]
+    direct = 1 if s.folds else 1 + len(s.tapped)  # unfolded, every head reads [M, D]
     forward = N * D * e + direct * M * D * e + rows * D * e + (0 if s.on_cpu else chunk)
     scaled = M * D * (4 + (e if e < 4 else 0)) if s.on_cpu else 0
     backward = direct * M * D * e + scaled + N * D * e
     head = max(forward, backward) + (chunk if s.on_cpu else 0)
     if not s.folds:
         return head, 0
-    return head, fold_bytes(s) + 4 * V * s.config.ib.latent_dim  # dM of this micro-batch, scaled where it lies
+    # dM of this micro-batch, scaled where it lies
+    return head, fold_bytes(s) + 4 * V * s.config.ib.latent_dim * len(s.tapped)
 
 
 def fold_bytes(s: Setup, *, gradient: bool = True) -> int:
-    """M [V, Z] in the compute dtype, its bias, and M's gradient in fp32, which grows over the micro-batches."""
+    """M [V, Z] in the compute dtype, its bias, and M's gradient in fp32, which grows over the micro-batches; of each
+    bottleneck.
+    """
     if not s.folds:
         return 0
     V, Z = s.shape.vocab, s.config.ib.latent_dim
-    return V * Z * s.itemsize + 4 * V + (4 * V * Z + 4 * V if gradient else 0)
+    return len(s.tapped) * (V * Z * s.itemsize + 4 * V + (4 * V * Z + 4 * V if gradient else 0))
 
 
 def evaluation_bytes(s: Setup) -> tuple[int, int]:
@@ -651,11 +653,12 @@ def flops(s: Setup, plan: Plan) -> dict[str, int]:
         "head": 4 * M * D * V,
         "recomputation": sum(again[mode] for mode in plan.modes),
     }
-    if s.layer is not None:
-        parts["bottleneck"] = 6 * N * sum(n for n in s.bottleneck_tensors[:-2]) + (
-            6 * M * Z * V if s.folds else 4 * M * D * V + 6 * M * D * Z
-        )
+    count = len(s.tapped)
+    if count:
+        encoders = sum(s.bottleneck_tensors) - count * (D * Z + D)
+        heads = count * (6 * M * Z * V if s.folds else 4 * M * D * V + 6 * M * D * Z)
+        parts["bottleneck"] = 6 * N * encoders + heads
     parts = {name: value * load.accumulation for name, value in parts.items()}
     if s.folds:
-        parts["bottleneck"] += 4 * D * Z * V
+        parts["bottleneck"] += count * 4 * D * Z * V
     return parts

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from ibft.data.encode import EncodedData
 from ibft.errors import NonFiniteError
 from ibft.fused import Fused
 from ibft.memory import peak_memory_mib
-from ibft.noise import Z_STREAM
+from ibft.noise import z_stream
 from ibft.objective import IBObjective, LossParts
 from ibft.offload import HostEmbedding
 from ibft.optim import Groups, clip_gradients, gradient_norms
@@ -47,7 +47,7 @@ class Trainer:
     config: Config
     model: "PeftModel"
     objective: IBObjective
-    tap: HiddenTap | None  # None with alpha = 0
+    taps: list[HiddenTap]  # one a bottleneck: none with alpha = 0
     context: BatchContext
     fused: Fused
     groups: Groups
@@ -136,18 +136,19 @@ class Trainer:
         label_tokens = sum(batch.num_label_tokens for batch in micro_batches)
         kl_tokens = sum(batch.num_kl_tokens for batch in micro_batches)
         with self.accelerator.autocast():
-            fold = self.objective.fold(self.lm_head, label_tokens)
+            folds = [self.objective.fold(self.lm_head, label_tokens, index) for index in range(len(self.taps))]
         total: LossParts | None = None
         with self.fused.held():
             for batch in micro_batches:
                 batch = self.to_device(batch)
                 request = self.request(batch, kl_tokens)
                 with self.context.batch(batch.noise_ids, batch.segments, request):
-                    parts = self.forward(batch, label_tokens, kl_tokens, fold, collect)
+                    parts = self.forward(batch, label_tokens, kl_tokens, folds, collect)
                     self.accelerator.backward(parts.loss)
                 total = parts.detached() if total is None else total + parts.detached()
-        if fold is not None:
-            fold.backward()
+        for fold in folds:
+            if fold is not None:
+                fold.backward()
         self.accelerator.unscale_gradients()
         assert total is not None
         return total
@@ -163,27 +164,34 @@ class Trainer:
             return None
         return self.objective.request(
             kl_mask=batch.kl_mask,
-            seed=self.context.key(Z_STREAM),
+            seed=self.context.key(z_stream(0)),
             noise_ids=batch.noise_ids,
             kl_normalizer=kl_tokens,
         )
 
     def forward(
-        self, batch: Batch, label_tokens: int, kl_tokens: int, fold: FoldedHead | None = None, collect: bool = False
+        self,
+        batch: Batch,
+        label_tokens: int,
+        kl_tokens: int,
+        folds: list[FoldedHead | None] | None = None,
+        collect: bool = False,
     ) -> LossParts:
         """One micro-batch's share of the step's loss; inside `context.batch`."""
         with self.accelerator.autocast():
-            tapped: torch.Tensor | Latent | None = None
+            tapped: list[torch.Tensor | Latent]
             if self.context.request is not None:
                 last = self.last_hidden(batch)
-                tapped = self.context.request.latent
-            elif self.tap is not None:
-                with self.tap:
-                    last = self.last_hidden(batch)
-                tapped = self.tap.hidden
-                self.tap.release()
+                assert self.context.request.latent is not None
+                tapped = [self.context.request.latent]
             else:
-                last = self.last_hidden(batch)
+                with ExitStack() as open_taps:
+                    for tap in self.taps:
+                        open_taps.enter_context(tap)
+                    last = self.last_hidden(batch)
+                tapped = [tap.hidden for tap in self.taps]
+                for tap in self.taps:
+                    tap.release()
             return self.objective(
                 last,
                 tapped,
@@ -191,11 +199,11 @@ class Trainer:
                 label_rows=batch.label_rows,
                 targets=batch.targets,
                 kl_mask=batch.kl_mask,
-                seed=self.context.key(Z_STREAM),
+                seed=[self.context.key(z_stream(index)) for index in range(len(self.taps))],
                 noise_ids=batch.noise_ids,
                 label_normalizer=label_tokens,
                 kl_normalizer=kl_tokens,
-                fold=fold,
+                fold=folds,
                 collect=collect,
             )
 

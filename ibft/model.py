@@ -161,6 +161,13 @@ def resolve_layer(layer: int | str, num_layers: int) -> int:
     return chosen
 
 
+def resolve_layers(layer: int | str | tuple[int, ...], num_layers: int) -> int | tuple[int, ...]:
+    """`resolve_layer` of one, or of each of several."""
+    if isinstance(layer, tuple):
+        return tuple(resolve_layer(each, num_layers) for each in layer)
+    return resolve_layer(layer, num_layers)
+
+
 def _nf4_settings(dtype: torch.dtype) -> Any:
     # on some CPUs bitsandbytes warns at import that an optional kernel of its own is absent: ours does not need it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """Randomness that follows the sample (DESIGN: noise is a function of epoch, sample and position, not of the batch).
 
-Every random draw of a training step has a *stream*: 0 for the bottleneck's eps, one for each LoRA input. The Philox
-key is (run seed, stream) and its counter (epoch, sample, position, column), so masks and noise do not depend on
-micro-batch size, accumulation, packing, rank or resume.
+Every random draw of a training step has a *stream*: 0 for the bottleneck's eps (`z_stream` for those of several), one
+for each LoRA input. The Philox key is (run seed, stream) and its counter (epoch, sample, position, column), so masks
+and noise do not depend on micro-batch size, accumulation, packing, rank or resume.
 """
 
 import torch
@@ -16,6 +16,12 @@ Z_STREAM = 0
 # one dropout mask for each *shared input*: q, k, v read the same tensor, and so do gate and up
 _INPUT_OF = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 INPUTS_PER_LAYER = 4
+BETWEEN_BOTTLENECKS = 2**20  # streams, more than LoRA inputs take
+
+
+def z_stream(index: int) -> int:
+    """Stream of the eps of bottleneck number `index` (from 0)."""
+    return Z_STREAM + BETWEEN_BOTTLENECKS * index
 
 
 def dropout_stream(layer: int, projection: str) -> int:

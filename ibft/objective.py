@@ -4,24 +4,36 @@ Legend: B batch, T positions, N = B*T, M label tokens, D hidden size, Z latent s
 
 The mathematics and its kernels are `ibft_kernels.ib_objective`; here the modules of a model meet them. Both
 cross-entropies look only at the M positions whose next token is a label, and the [M, V] logits never exist.
+
+Several layers, a bottleneck each: L = CE + alpha/n sum_l (KL_l + beta CE_z,l): alpha weighs the same whatever n.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import reduce
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from ibft.bottleneck import LOGVAR_RANGE, InformationBottleneck, autocast_dtype
 from ibft.context import LatentRequest
-from ibft_kernels import FoldedHead, Latent, Linear, fold_pays, ib_objective, linear_cross_entropy
+from ibft_kernels import (
+    FoldedHead,
+    Latent,
+    Linear,
+    fold_pays,
+    folded_cross_entropy,
+    ib_objective,
+    linear_cross_entropy,
+)
 
 ACTIVE_DIM_NATS = 0.01  # a latent dimension is in use if its mean KL exceeds this
 
 
 @dataclass
 class LossParts:
-    """`loss` carries the graph; the parts are detached scalars. `kl` and `ce_z` are zero without a bottleneck."""
+    """`loss` carries the graph; the parts are detached scalars. `kl` and `ce_z` are means over the bottlenecks, zero
+    without one."""
 
     loss: torch.Tensor
     ce: torch.Tensor
@@ -44,12 +56,16 @@ class LossParts:
 class LatentSums:
     """Sums over the KL's tokens, to be divided by their number at the end of the step (device tensors: no sync)."""
 
-    kl_Z: torch.Tensor  # [Z] nats
+    kl_Z: torch.Tensor  # [Z] nats; of n bottlenecks [n Z], so that what `summary` says is the mean over them
     mu_abs: torch.Tensor  # [] sum over tokens and dims
     var: torch.Tensor  # [] sum over tokens and dims
 
     def __add__(self, other: "LatentSums") -> "LatentSums":
         return LatentSums(self.kl_Z + other.kl_Z, self.mu_abs + other.mu_abs, self.var + other.var)
+
+    def beside(self, other: "LatentSums") -> "LatentSums":
+        """With another bottleneck's, of the same tokens."""
+        return LatentSums(torch.cat((self.kl_Z, other.kl_Z)), self.mu_abs + other.mu_abs, self.var + other.var)
 
     def summary(self, tokens: int) -> dict[str, float]:
         """Mean |mu|, mean variance and the share of latent dimensions in use. Synchronises."""
@@ -76,9 +92,9 @@ class IBObjective(nn.Module):
     """CE, KL and CE_z in one call; usable in any training step (see README).
 
     Args:
-        bottleneck: the module, or None for plain fine-tuning (then no bottleneck cost at all). alpha, beta: the
-        weights in L = CE + alpha (KL + beta CE_z). kl_reduction: "batchmean" (sum over dims, mean over tokens: eq. 4)
-        or "mean" (over tokens and dims: the released code).
+        bottleneck: the module, or None for plain fine-tuning (then no bottleneck cost at all); for several layers an
+        `nn.ModuleDict` of such modules. alpha, beta: the weights in L = CE + alpha (KL + beta CE_z). kl_reduction:
+        "batchmean" (sum over dims, mean over tokens: eq. 4) or "mean" (over tokens and dims: the released code).
 
     Raises:
         ValueError: negative alpha or beta; alpha > 0 without a bottleneck.
@@ -86,7 +102,7 @@ class IBObjective(nn.Module):
 
     def __init__(
         self,
-        bottleneck: InformationBottleneck | None,
+        bottleneck: InformationBottleneck | nn.ModuleDict | None,
         *,
         alpha: float = 0.1,
         beta: float = 0.02,
@@ -95,23 +111,34 @@ class IBObjective(nn.Module):
         super().__init__()
         if alpha < 0 or beta < 0:
             raise ValueError(f"got alpha {alpha} and beta {beta}, expected both >= 0")
-        if alpha > 0 and bottleneck is None:
-            raise ValueError(f"alpha is {alpha} but there is no bottleneck")
         if kl_reduction not in ("mean", "batchmean"):
             raise ValueError(f"got kl_reduction {kl_reduction!r}, expected 'mean' or 'batchmean'")
         self.bottleneck = bottleneck if alpha > 0 else None
+        if alpha > 0 and not self.bottlenecks:
+            raise ValueError(f"alpha is {alpha} but there is no bottleneck")
         self.alpha, self.beta = alpha, beta
         self.kl_reduction: Literal["mean", "batchmean"] = kl_reduction
 
-    def fold(self, lm_head: nn.Module, label_tokens: int) -> FoldedHead | None:
-        """The latent head folded once for all micro-batches of an optimizer step with `label_tokens` label tokens.
+    @property
+    def bottlenecks(self) -> list[InformationBottleneck]:
+        """One a layer."""
+        if isinstance(self.bottleneck, nn.ModuleDict):
+            return [cast(InformationBottleneck, each) for each in self.bottleneck.values()]
+        return [] if self.bottleneck is None else [self.bottleneck]
+
+    def fold(self, lm_head: nn.Module, label_tokens: int, index: int = 0) -> FoldedHead | None:
+        """The latent head folded once for all micro-batches of an optimizer step with `label_tokens` label tokens;
+        index: of which bottleneck.
 
         Hand it to each `forward`, and call its `backward` after the last micro-batch's. None where folding does not
         pay (few tokens, a wide latent) or there is no bottleneck. Call it under the same autocast as `forward`.
         """
-        if self.bottleneck is None or not fold_pays(label_tokens, *self.bottleneck.up.weight.shape):
+        if self.bottleneck is None:
             return None
-        head, up = _head(lm_head), self.bottleneck.up
+        up = self.bottlenecks[index].up
+        if not fold_pays(label_tokens, *up.weight.shape):
+            return None
+        head = _head(lm_head)
         return FoldedHead(head.weight, up.weight, up.bias, head.bias)
 
     def request(
@@ -123,9 +150,9 @@ class IBObjective(nn.Module):
         kl_normalizer: int | float | torch.Tensor,
     ) -> LatentRequest | None:
         """The order to a fused tapped block, for which `forward` then takes the latent; arguments as there. None
-        without a bottleneck, or where the kernels do not hold all of it (`InformationBottleneck.fuses`).
+        without a bottleneck, with several, or where the kernels do not hold all of it (`InformationBottleneck.fuses`).
         """
-        if self.bottleneck is None or not self.bottleneck.fuses:
+        if not isinstance(self.bottleneck, InformationBottleneck) or not self.bottleneck.fuses:
             return None
         encoder = self.bottleneck.encoder_head
         noise: dict[str, Any] = {"seed": seed, "noise_ids": noise_ids}
@@ -143,19 +170,19 @@ class IBObjective(nn.Module):
     def forward(
         self,
         last_hidden: torch.Tensor,
-        tapped: torch.Tensor | Latent | None,
+        tapped: torch.Tensor | Latent | list[torch.Tensor | Latent] | None,
         lm_head: nn.Module,
         *,
         labels: torch.Tensor | None = None,
         label_rows: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         kl_mask: torch.Tensor | None = None,
-        seed: int | torch.Tensor | None = None,
+        seed: int | torch.Tensor | list[int] | list[torch.Tensor] | None = None,
         noise_ids: torch.Tensor | None = None,
-        eps: torch.Tensor | None = None,
+        eps: torch.Tensor | list[torch.Tensor] | None = None,
         label_normalizer: int | float | torch.Tensor | None = None,
         kl_normalizer: int | float | torch.Tensor | None = None,
-        fold: FoldedHead | None = None,
+        fold: FoldedHead | list[FoldedHead | None] | None = None,
         collect: bool = False,
     ) -> LossParts:
         """The loss of one micro-batch.
@@ -169,10 +196,11 @@ class IBObjective(nn.Module):
             label_normalizer: label tokens of the *whole optimizer step*, so that accumulation is exact; default M.
             kl_normalizer: the same for the KL's tokens; default: those of kl_mask. fold: the step's `fold(...)`;
             default: each call folds for itself, or not. collect: also return `latent_sums` for logging.
+            With several bottlenecks tapped, seed, eps and fold are lists, in the order of the bottlenecks.
 
         Raises:
             ValueError: neither or both ways of giving labels; no tapped hidden states where a bottleneck needs them;
-            an lm_head that is no `nn.Linear`.
+            a list that is not as long as there are bottlenecks; an lm_head that is no `nn.Linear`.
         """
         if (labels is None) == (label_rows is None or targets is None):
             raise ValueError("expected either labels, or label_rows and targets")
@@ -190,26 +218,58 @@ class IBObjective(nn.Module):
             return LossParts(ce, ce.detach(), zero, zero)
         if tapped is None:
             raise ValueError("the bottleneck needs the tapped hidden states, got None")
-        encoder, up = self.bottleneck.encoder_head, self.bottleneck.up
-        if not isinstance(tapped, Latent):
-            tapped = self.bottleneck(
-                tapped, seed=seed, noise_ids=noise_ids, eps=eps, mask=kl_mask, reduction=self.kl_reduction,
-                normalizer=kl_normalizer,
-            )  # fmt: skip
+        latents = self._latents(tapped, seed, eps, noise_ids=noise_ids, mask=kl_mask, normalizer=kl_normalizer)
+        (first, *others), folds, count = self.bottlenecks, self._each("fold", fold), len(latents)
+        encoder, up = first.encoder_head, first.up
         parts = ib_objective(
             last_hidden,
-            tapped,
+            latents[0],
             targets,
             rows=label_rows,
             head=head,
             encoder=Linear(encoder.weight, encoder.bias),
-            up=Linear(up.weight, up.bias) if fold is None else fold,
-            alpha=self.alpha,
+            up=Linear(up.weight, up.bias) if folds[0] is None else folds[0],
+            alpha=self.alpha / count,
             beta=self.beta,
             normalizer=label_normalizer,
         )
-        sums = latent_sums(parts.latent, kl_mask) if collect else None
-        return LossParts(parts.loss, parts.ce.detach(), parts.kl.detach(), parts.ce_z.detach(), sums)
+        loss, kl, ce_z = parts.loss, parts.kl.detach(), parts.ce_z.detach()
+        for bottleneck, latent, own_fold in zip(others, latents[1:], folds[1:], strict=True):
+            z = latent.z.to(last_hidden.dtype)
+            own_ce_z = latent_cross_entropy(
+                z, bottleneck.up, head, own_fold, targets, rows=label_rows, normalizer=label_normalizer
+            )
+            loss = loss + self.alpha / count * (latent.kl + self.beta * own_ce_z)
+            kl, ce_z = kl + latent.kl.detach(), ce_z + own_ce_z.detach()
+        sums = reduce(LatentSums.beside, (latent_sums(latent, kl_mask) for latent in latents)) if collect else None
+        return LossParts(loss, parts.ce.detach(), kl / count, ce_z / count, sums)
+
+    def _latents(self, tapped: Any, seed: Any, eps: Any, **settings: Any) -> list[Latent]:
+        """What each bottleneck makes of its hidden states, but for latents that are made already."""
+        tapped, seed, eps = self._each("tapped", tapped), self._each("seed", seed), self._each("eps", eps)
+        return [
+            each
+            if isinstance(each, Latent)
+            else bottleneck(each, seed=own_seed, eps=own_eps, reduction=self.kl_reduction, **settings)
+            for bottleneck, each, own_seed, own_eps in zip(self.bottlenecks, tapped, seed, eps, strict=True)
+        ]
+
+    def _each(self, name: str, value: Any) -> list[Any]:
+        """One entry a bottleneck; None is each one's default."""
+        count = len(self.bottlenecks)
+        entries = value if isinstance(value, list) else [value] * (count if value is None else 1)
+        if len(entries) != count:
+            raise ValueError(f"{name}: got {len(entries)}, expected {count}, one a bottleneck")
+        return entries
+
+
+def latent_cross_entropy(
+    z: torch.Tensor, up: nn.Linear, head: Linear, fold: FoldedHead | None, targets: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """CE_z alone, by the step's fold where there is one. options: of `linear_cross_entropy`."""
+    if fold is not None:
+        return linear_cross_entropy(z, fold.weight, targets, bias=fold.bias, **options)
+    return folded_cross_entropy(z, up.weight, up.bias, head.weight, targets, head_bias=head.bias, **options)
 
 
 def _head(lm_head: nn.Module) -> Linear:

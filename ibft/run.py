@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ibft.config import BUNDLED, Config, TrainConfig
+from ibft.config import BUNDLED, Config, IBConfig, TrainConfig
 from ibft.console import Console
 from ibft.errors import ConfigError, DataError, OutOfMemoryError, SetupError
 from ibft.memory import free_memory, peak_memory_mib
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
+    from ibft.bottleneck import InformationBottleneck
     from ibft.data.encode import EncodedData
     from ibft.loop import Trainer
 
@@ -58,10 +59,10 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
         device = choose_device(config)
         dtype = choose_dtype(config.train, device)
 
-        from ibft.model import load_model_config, load_tokenizer, resolve_layer
+        from ibft.model import load_model_config, load_tokenizer, resolve_layers
 
         base_config = load_model_config(config.model)
-        layer = resolve_layer(config.ib.layer, base_config.num_hidden_layers) if config.ib.alpha > 0 else None
+        layer = resolve_layers(config.ib.layer, base_config.num_hidden_layers) if config.ib.alpha > 0 else None
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer, console)
         tasks = load_tasks(config)
@@ -108,6 +109,7 @@ def train_and_report(
 ) -> int:
     """Pass@1, training, Pass@1 again; then the table."""
     rows: list[dict[str, Any]] = []
+    warnings: list[str] = []
     watch = Watch(config, trainer.total_steps)
 
     def log(row: dict[str, Any]) -> None:
@@ -116,7 +118,8 @@ def train_and_report(
         trainer.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         console.metrics(row)
         for warning in watch.see(row):
-            console.notice(f"warning: step {row['step']}: {warning}")
+            warnings.append(f"step {row['step']}: {warning}")
+            console.notice(f"warning: {warnings[-1]}")
 
     def save(name: str) -> None:
         run_dir.save_adapter(name, trainer.model, trainer.objective.bottleneck, tokenizer)
@@ -153,6 +156,7 @@ def train_and_report(
         "training_seconds": seconds,
         "peak_memory_mib": peak_memory_mib(trainer.accelerator.device),
         "pass_at_1": {"before": before, "after": after},
+        "warnings": warnings,
     }
     run_dir.write_json("result.json", result)
     on_cpu = trainer.accelerator.device.type == "cpu"
@@ -164,16 +168,16 @@ def build_trainer(
     config: Config,
     tokenizer: "PreTrainedTokenizerBase",
     data: Datasets,
-    layer: int | None,
+    layer: int | tuple[int, ...] | None,
     accelerator: "Accelerator",
     dtype: torch.dtype,
     choice: Choice | None = None,
 ) -> tuple["Trainer", list[str]]:
     """Load the base, attach LoRA and bottleneck, make the optimizer; also notices for the user.
 
-    choice: of the memory plan; default: made here, for what was free before the base was loaded.
+    layer: tapped, or several; None without a bottleneck. choice: of the memory plan; default: made here, for what was
+    free before the base was loaded.
     """
-    from ibft.bottleneck import InformationBottleneck
     from ibft.context import BatchContext
     from ibft.fused import Fused, fuse
     from ibft.loop import Trainer, count_steps
@@ -181,7 +185,6 @@ def build_trainer(
     from ibft.objective import IBObjective
     from ibft.offload import offload_embeddings
     from ibft.optim import Groups, make_optimizer, make_scheduler
-    from ibft.priors import make_prior
     from ibft.recompute import HostCopies, set_recompute
     from ibft.tap import HiddenTap
 
@@ -191,29 +194,23 @@ def build_trainer(
     plan = (choice or plan_memory(config, base.config, data, device, dtype, budget)).plan
     embeddings = offload_embeddings(base, device) if plan.offload_embeddings else None
     model = add_lora(base, config.lora, context=context)
+    # the context holds one block's order: of several the hooks take the hidden states
     fuses = config.ib.encoder != "mlp" and config.ib.prior == "standard"
-    layers = base.config.num_hidden_layers
     fused = (
-        fuse(model, context, tapped_layer=layer if fuses else None)
+        fuse(model, context, tapped_layer=layer if fuses and isinstance(layer, int) else None)
         if config.train.fused_kernels
-        else Fused(mlps=[None] * layers, packs=False)
+        else Fused(mlps=[None] * base.config.num_hidden_layers, packs=False)
     )
     set_recompute(model, fused, plan.modes, copies=HostCopies(device) if plan.activation_offloading else None)
     groups: Groups = {"lora": lora_parameters(model)}
-    bottleneck, tap = None, None
+    bottleneck, taps = None, []
     if layer is not None:
         torch.manual_seed(config.runtime.seed)
-        ib = config.ib
-        if ib.encoder == "random_projection" and ib.latent_dim > base.config.hidden_size:
-            raise ConfigError(
-                f"ib.latent_dim: got {ib.latent_dim}, expected at most {base.config.hidden_size} to project"
-            )
-        bottleneck = InformationBottleneck(
-            base.config.hidden_size, ib.latent_dim, ib.encoder, ib.mlp_dim,
-            deterministic=ib.deterministic, prior=make_prior(ib.prior, ib.latent_dim, ib.prior_components),
-        ).to(accelerator.device)  # fmt: skip
+        layers = layer if isinstance(layer, tuple) else (layer,)
+        made = {str(each): make_bottleneck(config.ib, base.config.hidden_size).to(device) for each in layers}
+        bottleneck = torch.nn.ModuleDict(made) if len(layers) > 1 else made[str(layers[0])]
         groups["bottleneck"] = [weight for weight in bottleneck.parameters() if weight.requires_grad]
-        tap = HiddenTap(model, layer)
+        taps = [HiddenTap(model, each) for each in layers]
     objective = IBObjective(bottleneck, alpha=config.ib.alpha, beta=config.ib.beta, kl_reduction=config.ib.kl_reduction)
     optimizer, notices = make_optimizer(
         groups, config.train, bottleneck_lr=config.ib.learning_rate, device=accelerator.device
@@ -226,7 +223,7 @@ def build_trainer(
         config=config,
         model=model,
         objective=objective,
-        tap=tap,
+        taps=taps,
         context=context,
         fused=fused,
         embeddings=embeddings,
@@ -240,6 +237,19 @@ def build_trainer(
         total_steps=total_steps,
     )
     return trainer, [*fused.notices(), *notices]
+
+
+def make_bottleneck(ib: IBConfig, hidden_size: int) -> "InformationBottleneck":
+    """Of one layer. Raises ConfigError for a projection to more dimensions than there are."""
+    from ibft.bottleneck import InformationBottleneck
+    from ibft.priors import make_prior
+
+    if ib.encoder == "random_projection" and ib.latent_dim > hidden_size:
+        raise ConfigError(f"ib.latent_dim: got {ib.latent_dim}, expected at most {hidden_size} to project")
+    prior = make_prior(ib.prior, ib.latent_dim, ib.prior_components)
+    return InformationBottleneck(
+        hidden_size, ib.latent_dim, ib.encoder, ib.mlp_dim, deterministic=ib.deterministic, prior=prior
+    )
 
 
 def memory_budget(config: Config, device: torch.device) -> int | None:

@@ -30,6 +30,7 @@ from ibft.errors import ConfigError, SetupError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch.nn import ModuleDict
     from transformers import PreTrainedTokenizerBase
 
     from ibft.bottleneck import InformationBottleneck
@@ -85,7 +86,7 @@ class RunDir:
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "commit": _commit(),
+            "commit": commit_of_source(),
             "versions": {name: _version(name) for name in _PACKAGES},
             **facts,
         }
@@ -107,11 +108,15 @@ class RunDir:
         self,
         name: str,
         model: "PeftModel",
-        bottleneck: "InformationBottleneck | None",
+        bottleneck: "InformationBottleneck | ModuleDict | None",
         tokenizer: "PreTrainedTokenizerBase",
     ) -> Path:
-        """Write adapter, bottleneck and tokenizer to `name`, replacing the old ones once the new are whole."""
+        """Write adapter, bottleneck and tokenizer to `name`, replacing the old ones once the new are whole.
+
+        Several bottlenecks, by layer: `layers.<number>.` before each one's keys.
+        """
         from safetensors.torch import save_file
+        from torch.nn import ModuleDict
 
         target = self.path / name
         fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
@@ -122,8 +127,9 @@ class RunDir:
         # embeddings are never trained; "auto" would ask the hub for the base's vocabulary at every save
         model.save_pretrained(str(fresh), safe_serialization=True, save_embedding_layers=False)
         if bottleneck is not None:
-            state = {key: value.detach().cpu().contiguous() for key, value in bottleneck.state_dict().items()}
-            save_file(state, fresh / BOTTLENECK_FILE)
+            state = bottleneck.state_dict(prefix="layers." if isinstance(bottleneck, ModuleDict) else "")
+            on_host = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            save_file(on_host, fresh / BOTTLENECK_FILE)
         tokenizer.save_pretrained(str(fresh))
         if target.exists():
             os.replace(target, old)
@@ -144,7 +150,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit_of_source() -> str | None:
     """The commit of the source tree that is running, if it is one."""
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():

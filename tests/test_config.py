@@ -93,7 +93,14 @@ def test_aliases_are_taken_with_a_notice():
         ("ib.beta=-0.1", "ib.beta: got -0.1"),
         ("ib.alpha=nan", "ib.alpha: got 'nan'"),
         ("ib.alpha=.inf", "ib.alpha: got inf"),
-        ("ib.layer=deep", "ib.layer: got 'deep'"),
+        ("ib.layer=deep", "ib.layer: got 'deep': expected auto, a number from 1, or several as in 4,6"),
+        ("ib.layer=0", "ib.layer: got 0: expected auto"),
+        ("ib.layer=[]", "ib.layer: got []: expected auto"),
+        ("ib.layer=4,", "ib.layer: got '4,': expected auto"),
+        ("ib.layer=4,auto", "ib.layer: got '4,auto': expected auto"),
+        ("ib.layer=[4,0]", "ib.layer: got [4, 0]: expected auto"),
+        ("ib.layer=[4,[6]]", "ib.layer: got [4, [6]]: expected auto"),
+        ("ib.layer=4,6,4", "ib.layer: got '4,6,4': expected each layer once"),
         ("train.max_steps=ten", "train.max_steps: got 'ten': input should be a valid integer"),
         ("train.max_steps=", "train.max_steps: got None"),
         ("train.max_steps=0", "train.max_steps: got 0"),
@@ -159,6 +166,18 @@ def test_yaml_traps():
     assert load("train.report_to=none").train.report_to == ()
 
 
+def test_layers_are_a_number_or_a_list(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("ib: {layer: [6, 4]}\n")
+    assert load(file=file).ib.layer == (4, 6)
+    file.write_text("layer: 4, 6\n")
+    assert load(file=file).ib.layer == (4, 6)
+    for text in ("ib.layer=4,6", "ib.layer=[4,6]", "ib.layer=6, 4", "layer=4,6"):
+        assert load(text).ib.layer == (4, 6)
+    for text in ("ib.layer=5", "ib.layer=[5]", "layer=[5]"):
+        assert load(text).ib.layer == 5
+
+
 def test_recomputation_is_a_switch_or_a_word():
     """Existing configurations with true and false mean what they meant; new ones leave it to the planner."""
     own = ["model.name_or_path=some/model", "data.path=rows.jsonl"]
@@ -178,6 +197,9 @@ def test_the_header_settles_how_strong_the_kl_is():
     text = describe_objective(load("preset=authors-code"), 20, 30)
     assert f"weighs {weight:.3g} per latent dimension" in text
     assert math.isclose(float(f"{weight:.3g}"), weight, rel_tol=1e-2)
+    text = describe_objective(load("ib.alpha=0.1"), (4, 6), 8)
+    assert "in the mean over layers 4, 6 of 8" in text
+    assert "weighs 0.05 per latent dimension of each layer" in text
     assert "plain fine-tuning" in describe_objective(load("ib.alpha=0"), None, 30)
 
 

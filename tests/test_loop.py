@@ -65,7 +65,7 @@ def test_one_fold_a_step_sent_before_the_gradients_are_unscaled(folder, monkeypa
     assert events == ["fold", *["backward"] * 4, "send", "unscale"]
     assert dtypes == [{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]]
     assert len(uses) == 4
-    assert all(use is uses[0] and use is not None for use in uses)
+    assert all(use is uses[0] and use[0] is not None for use in uses)
 
 
 @pytest.mark.parametrize("packing", [False, True])

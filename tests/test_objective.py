@@ -35,6 +35,7 @@ def float64_norms(model):
 def oracle(trainer, micro_batches, *, alpha, beta, layer, scaling):
     """L = CE + alpha (KL + beta CE_z) as `authors-code` has it, over a whole global batch, and its gradients.
 
+    layer: a number, or a tuple: then KL and CE_z are means over those layers.
     In float64 whatever the trainer's dtype. LoRA is written as W + s B A on a bare transformers model, h as
     hidden_states[layer], full logits at every position.
     """
@@ -59,8 +60,7 @@ def oracle(trainer, micro_batches, *, alpha, beta, layer, scaling):
         name: value.detach().double().requires_grad_()
         for name, value in trainer.objective.bottleneck.named_parameters()
     }
-    w_mu, w_lv = own["encoder.weight"].chunk(2)
-    b_mu, b_lv = own["encoder.bias"].chunk(2)
+    tapped = {f"{number}.": number for number in layer} if isinstance(layer, tuple) else {"": layer}
     head = parameters["lm_head.weight"]
 
     ce = ce_z = kl = 0.0
@@ -71,15 +71,18 @@ def oracle(trainer, micro_batches, *, alpha, beta, layer, scaling):
         B, T = batch.input_ids.shape
         labels = torch.full((B * T,), -100)
         labels[batch.label_rows] = batch.targets
-        h = out.hidden_states[layer]
-        mu = h @ w_mu.T + b_mu
-        logvar = torch.clamp(h @ w_lv.T + b_lv, -4, 4)
-        eps = philox_normal(noise_key(trainer.config.runtime.seed, 0), batch.noise_ids, mu.shape[-1], dtype=mu.dtype)
-        z = mu + torch.exp(logvar / 2) * eps
-        kl = kl + 0.5 * (torch.exp(logvar) + mu**2 - 1 - logvar).sum()
-        logits_z = (z @ own["up.weight"].T + own["up.bias"]) @ head.T
+        for index, (prefix, number) in enumerate(tapped.items()):
+            h = out.hidden_states[number]
+            w_mu, w_lv = own[f"{prefix}encoder.weight"].chunk(2)
+            b_mu, b_lv = own[f"{prefix}encoder.bias"].chunk(2)
+            mu = h @ w_mu.T + b_mu
+            logvar = torch.clamp(h @ w_lv.T + b_lv, -4, 4)
+            key = noise_key(trainer.config.runtime.seed, index * 2**20)
+            z = mu + torch.exp(logvar / 2) * philox_normal(key, batch.noise_ids, mu.shape[-1], dtype=mu.dtype)
+            kl = kl + 0.5 * (torch.exp(logvar) + mu**2 - 1 - logvar).sum() / len(tapped)
+            logits_z = (z @ own[f"{prefix}up.weight"].T + own[f"{prefix}up.bias"]) @ head.T
+            ce_z = ce_z + F.cross_entropy(logits_z.reshape(B * T, -1), labels, reduction="sum") / len(tapped)
         ce = ce + F.cross_entropy(out.logits.reshape(B * T, -1), labels, reduction="sum")
-        ce_z = ce_z + F.cross_entropy(logits_z.reshape(B * T, -1), labels, reduction="sum")
         labels_in_all += int((labels != -100).sum())
         positions_in_all += B * T
     ce, ce_z, kl = ce / labels_in_all, ce_z / labels_in_all, kl / (positions_in_all * mu.shape[-1])
@@ -104,7 +107,7 @@ AUTHORS_CODE = ["data.packing=false", "data.pad_to_max_length=true", "ib.kl_redu
     micro=st.integers(1, 3),
     latent=st.sampled_from([1, 7, 16]),
     rank=st.sampled_from([1, 4]),
-    layer=st.integers(1, 2),
+    layer=st.sampled_from([1, 2, (1, 2)]),
     alpha=st.floats(0.01, 2.0),
     beta=st.floats(0.0, 2.0),
     spread=st.sampled_from([1.0, 30.0]),  # 30: many logvar beyond both clamps
@@ -118,12 +121,13 @@ def test_authors_code_objective_equals_the_formulas(
     trainer = tiny_trainer(
         folder, random_samples(lengths, seed=sum(lengths)), *AUTHORS_CODE, "model.quantization=none",
         "lora.dropout=0", "runtime.seed=7",
-        "data.max_length=24", f"ib.latent_dim={latent}", f"lora.r={rank}", f"ib.layer={layer}", f"ib.alpha={alpha}",
-        f"ib.beta={beta}", f"train.per_device_train_batch_size={micro}", "train.gradient_accumulation_steps=2",
-        f"lora.alpha={2 * rank}",
+        "data.max_length=24", f"ib.latent_dim={latent}", f"lora.r={rank}", f"ib.alpha={alpha}",
+        f"ib.layer={layer}".replace("(", "[").replace(")", "]"), f"ib.beta={beta}",
+        f"train.per_device_train_batch_size={micro}", "train.gradient_accumulation_steps=2", f"lora.alpha={2 * rank}",
     )  # fmt: skip
     randomise_lora(trainer.model)
-    trainer.objective.bottleneck.encoder.weight.data.mul_(spread)
+    for bottleneck in trainer.objective.bottlenecks:
+        bottleneck.encoder.weight.data.mul_(spread)
     if dtype == torch.float64:
         trainer.model.double()
         trainer.objective.double()
@@ -235,7 +239,7 @@ def test_hugging_face_labels_are_shifted():
 def test_alpha_zero_is_plain_fine_tuning_at_no_cost(folder):
     trainer = tiny_trainer(folder, random_samples([9, 12]), "ib.alpha=0", "lora.dropout=0")
     assert trainer.objective.bottleneck is None
-    assert trainer.tap is None
+    assert trainer.taps == []
     assert set(trainer.groups) == {"lora"}
     (micro_batches,) = trainer.batches(trainer.data, epoch=0)
     parts = trainer.backward(micro_batches)

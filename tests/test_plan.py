@@ -119,6 +119,23 @@ def test_the_bundled_model_takes_what_is_predicted(packing, alpha):
     Measured(str(BASE_DIR), "ib.layer=5", packing=packing, alpha=alpha, length=192).check()
 
 
+@pytest.mark.parametrize(("mode", "latent", "accumulation"), [("none", 96, 1), ("full", 96, 1), ("full", 64, 4)])
+@pytest.mark.usefixtures("only_new")
+def test_several_bottlenecks_take_what_is_predicted(mode, latent, accumulation):
+    """Six of them, folded with Z 64, so that they are a tenth of the step and more."""
+    measured = Measured(
+        str(BASE_DIR), "ib.layer=2,3,4,5,6,7", f"ib.latent_dim={latent}", packing=True, alpha=0.1, length=192,
+        accumulation=accumulation,
+    )  # fmt: skip
+    plan, setup = Plan((mode,) * measured.setup.shape.layers), measured.setup
+    assert setup.folds == (latent == 64)
+    total, _ = measured.in_mode(mode)
+    predicted, of_one = (estimate(each, plan).total for each in (setup, replace(setup, tapped=(5,))))
+    print(f"{mode}: total {predicted / total:.3f} of what was measured; of one {of_one / total:.3f}")
+    assert predicted == pytest.approx(total, rel=0.1)
+    assert of_one < 0.91 * total
+
+
 @pytest.mark.usefixtures("only_new")
 def test_another_family_takes_what_is_predicted(tmp_path):
     """Biases on q, k and v; two query heads a key head."""

@@ -19,6 +19,8 @@ VARIANTS = [
     ["ib.beta=0"],
     ["ib.alpha_warmup_ratio=0.5"],
     ["ib.prior=mixture", "ib.deterministic=true", "ib.encoder=mlp"],
+    ["ib.layer=1,2"],
+    ["ib.layer=1,2", "ib.prior=mixture", "ib.encoder=mlp"],
 ]
 
 

@@ -98,7 +98,7 @@ def tiny_trainer(folder: str, data: EncodedData, *overrides: str, eval_data: Enc
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[precision]
     on_cpu = config.runtime.device == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision)
-    layer = None if config.ib.alpha == 0 else int(config.ib.layer)
+    layer = None if config.ib.alpha == 0 else config.ib.layer
     trainer, _ = build_trainer(config, FakeTokenizer(), Datasets(data, eval_data, ""), layer, accelerator, dtype)
     return trainer
 

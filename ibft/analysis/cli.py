@@ -128,6 +128,24 @@ def geometry(
         )  # fmt: skip
 
 
+@app.command()
+def figures(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folder of a reproduction, or its report.json.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder; of several runs one in it each.")] = Path("figures"),
+    debug: Debug = False,
+) -> None:
+    """Draw a reproduction's figures (PNG and SVG) and its table of scores (CSV, Markdown), from its report alone.
+
+    Example: `ibft-fast analyze figures runs/tiny -o figures`
+
+    Exit codes: 0 done (a figure without rows is not drawn, and a line says so), 2 arguments, 3 data, 4 no matplotlib.
+    """
+    with one_line_errors(debug):
+        from ibft.analysis.figures_run import run_figures
+
+        run_figures(runs, str(out))
+
+
 def named_models(model: str, adapters: list[str]) -> dict[str, tuple[str, str | None]]:
     """Of `--adapter NAME=DIR`. Raises ConfigError: no name, or one that is taken."""
     models: dict[str, tuple[str, str | None]] = {"base": (model, None)}

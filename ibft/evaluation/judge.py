@@ -132,7 +132,8 @@ def judge_file(
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Writes a verdict a sample to `out`, in order, each as soon as it and those before it are known; goes on after
-    those that are there.
+    those that are there. A program that a problem has been given before has the verdict it had: models repeat
+    themselves, at low temperatures most of the time.
 
     Raises:
         DataError: `out` holds verdicts of other samples, or by another rule.
@@ -140,11 +141,15 @@ def judge_file(
     heads = [head_of(judge, problems[sample.task_id], sample) for sample in samples]
     rows = kept_verdicts(heads, out)
     left = samples[len(rows) :]
-    pairs = [(problems[sample.task_id], sample.completion) for sample in left if not sample.fault]
-    verdicts = judge.all(pairs)
+    programs = dict.fromkeys((sample.task_id, sample.completion) for sample in left if not sample.fault)
+    verdicts = judge.all([(problems[task_id], completion) for task_id, completion in programs])
+    known: dict[tuple[str, str], Verdict] = {}
     with out.open("a", encoding="utf-8") as file:
         for sample, head in zip(left, heads[len(rows) :], strict=True):
-            verdict = Verdict(False, sample.fault) if sample.fault else next(verdicts)
+            program = sample.task_id, sample.completion
+            if not sample.fault and program not in known:
+                known[program] = next(verdicts)
+            verdict = Verdict(False, sample.fault) if sample.fault else known[program]
             rest = {name: value for name, value in sample.rest.items() if name not in head}
             row = head | rest | {"passed": verdict.passed, "result": verdict.result}
             file.write(json.dumps(row) + "\n")

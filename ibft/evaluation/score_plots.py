@@ -5,7 +5,8 @@ fig1b.svg         as Fig. 1(b) of arXiv 2510.16022: Pass@k(k) over Pass@1, with 
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ PUBLISHED = {
 }
 
 
-def need_matplotlib() -> None:
+def need_matplotlib(what: str = "--plots") -> None:
     """Raises SetupError where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise SetupError("--plots needs matplotlib: pip install matplotlib")
+        raise SetupError(f"{what} needs matplotlib: pip install matplotlib")
 
 
 def draw_plots(report: Report, folder: str) -> list[str]:
@@ -56,34 +57,44 @@ def draw_plots(report: Report, folder: str) -> list[str]:
     return lines
 
 
-def save(draw: Any, report: Report, path: Path) -> None:
+def save(draw: Callable[[Report], Any], report: Report, *paths: Path) -> None:
+    """Draws once and writes each path, as its ending says. The bytes depend on no clock and no matplotlibrc.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
     import matplotlib
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a matplotlibrc is the machine's, not the report's
         matplotlib.rcParams.update(STYLE)
         made = draw(report)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            made.savefig(path, format="svg", metadata={"Date": None, "Creator": "ibft-fast evaluate score"})
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from error
+        for path in paths:
+            about = {"Date": None, "Creator": "ibft-fast"} if path.suffix == ".svg" else {}
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                made.savefig(path, dpi=150, metadata=about)
+            except OSError as error:
+                raise DataError(f"{path}: {error.strerror or error}") from error
 
 
 def figure(height: float, title: str, subtitle: str, **grid: Any) -> tuple[Any, Any]:
-    """(figure, axes) with room for the two lines at its top. height: of the axes, in inches."""
+    """(figure, axes) with room for the title and the lines of the subtitle. height: of the axes, in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    below = ConstrainedLayoutEngine(rect=(0, 0, 1, height / (HEAD + height)), w_pad=0.08, h_pad=0.06)
-    made = Figure(figsize=(WIDTH, HEAD + height), layout=below)
-    first, second = (1 - below / (HEAD + height) for below in (0.07, 0.27))
+    lines = [line for part in subtitle.split("\n") for line in textwrap.wrap(part, CHARACTERS)]
+    head = HEAD + LINE * (len(lines) - 1)
+    below = ConstrainedLayoutEngine(rect=(0, 0, 1, height / (head + height)), w_pad=0.08, h_pad=0.06)
+    made = Figure(figsize=(WIDTH, head + height), layout=below)
+    first, second = (1 - below / (head + height) for below in (0.07, 0.27))
     made.text(0.012, first, title, va="top", fontsize=10.5, weight="bold", color="#222222")
-    made.text(0.012, second, subtitle, va="top", fontsize=8, color=GREY)
+    made.text(0.012, second, "\n".join(lines), va="top", fontsize=8, color=GREY, linespacing=1.25)
     return made, made.subplots(**grid)
 
 
-HEAD = 0.5  # inches
+HEAD, LINE = 0.5, 0.145  # inches
+CHARACTERS = 116  # of a subtitle's line
 
 
 def draw_triangle(report: Report) -> Any:

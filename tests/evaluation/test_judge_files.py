@@ -295,3 +295,22 @@ os._exit(0)
         result = judge(problems, "--samples", str(samples), "--rule", rule, "-o", str(out))
         assert result.exit_code == 0, result.output
         assert json.loads(out.read_text())["result"].startswith("failed: ")
+
+
+def test_one_program_is_judged_once_for_each_problem(problems, tmp_path, monkeypatch):
+    judged = []
+
+    def note(sandbox, job, *_):
+        judged.append(job.program)
+        return Verdict("x + 1" in job.program, "as noted")
+
+    monkeypatch.setattr("ibft.evaluation.judge.judge_python", note)
+    other = {"task_id": "t/0", "completion": TASKS[1]["output"]}
+    rows = [right(1, sample=0), right(0), "no sample", right(1, sample=1), other, right(1, sample=2), right(0)]
+    samples, out = write(tmp_path / "s.jsonl", rows), tmp_path / "v.jsonl"
+    assert judge(problems, "--samples", samples, "-o", out, "--jobs", 1).exit_code == 3  # the faulty line
+    assert judged == [TASKS[1]["output"], TASKS[0]["output"], TASKS[1]["output"]]
+    found = [(row["task_id"], row["line"], row["passed"]) for row in rows_of(out)]
+    assert found == [
+        ("t/1", 1, True), ("t/0", 2, False), ("t/1", 4, True), ("t/0", 5, True), ("t/1", 6, True), ("t/0", 7, False),
+    ]  # fmt: skip

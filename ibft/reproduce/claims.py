@@ -1,0 +1,245 @@
+"""What a reproduction shows, in sentences that are made from its numbers (`ibft.reproduce.sentences`).
+
+barrier         the base has memorised a part of the data (Min-K% against rows that it has not seen), and plain
+                fine-tuning from it solves fewer tasks than from a twin that has memorised nothing
+IB-FT           against plain fine-tuning, at every temperature
+controls        variants of IB-FT, and data without the most memorised or without random rows
+explanation 1   whether rows of all degrees of memorisation are fitted alike
+explanation 2   whether plain fine-tuning widens the distance between the most and the least memorised rows, and IB-FT
+                shrinks it
+explanation 3   whether the barrier lies in what the weights hold at the start: a twin, perturbed weights
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from ibft.reproduce.over_seeds import (
+    Report,
+    Seed,
+    differences,
+    main_temperature,
+    mean_over_seeds,
+    temperatures_of,
+)
+from ibft.reproduce.sentences import SIGNS, Claim, make_claim, quoted, range_claim, score_claims, unmeasured
+from ibft.reproduce.separation import datasets_of, k_of, scores_on, separate
+
+BARRIER, TUNED, CONTROLS = "barrier", "IB-FT", "controls"
+EVEN, APART, START = "explanation 1", "explanation 2", "explanation 3"
+TOPICS = {
+    BARRIER: "The barrier: has the base memorised the data, and does fine-tuning solve less for it?",
+    TUNED: "IB-FT against plain fine-tuning",
+    CONTROLS: "Controls: what of it does the work?",
+    EVEN: "Explanation 1: are rows of all degrees of memorisation fitted alike?",
+    APART: "Explanation 2: do the most and the least memorised rows move apart in the hidden states?",
+    START: "Explanation 3: does it matter where training starts?",
+}
+TOLD = (("memorised", "unseen"), ("memorised", "rest"), ("rest", "unseen"))
+PAIRS = (("FT", "base"), ("IB-FT", "base"), ("IB-FT", "FT"))
+Distance = tuple[str, str | None, int, tuple[str | None, ...]]
+DISTANCES: dict[str, Distance] = {  # metric -> its name, unit, digits, and what is expected of the three PAIRS
+    "l2_normalised": ("L2 / norm", None, 3, ("higher", "lower", "lower")),
+    "angle_centred": ("centred angle", "degrees", 1, (None, None, None)),
+}
+
+
+def make_claims(report: Report) -> list[Claim]:
+    """In the order of TOPICS."""
+    main = main_temperature(report)
+    temperatures = [main, *(temperature for temperature in temperatures_of(report) if temperature != main)]
+    return [
+        *barrier_claims(report),
+        *(claim for t in temperatures for claim in score_claims(report, TUNED, "IB-FT", "FT", t, "higher")),
+        *control_claims(report),
+        *evenness_claims(report),
+        *distance_claims(report),
+        *start_claims(report),
+    ]
+
+
+# --- the barrier ----------------------------------------------------------------------------------
+
+
+def barrier_claims(report: Report) -> list[Claim]:
+    """First whether there is one, then what that rests on, then the same of other bases."""
+    bases = dict.fromkeys(row["model"] for row in report["memorization"] if row["seed"] is None)
+    found = [memorised_claim(report, base, *pair) for base in bases for pair in group_pairs(report)]
+    memorised = [claim for claim in found if claim]
+    if not memorised:
+        memorised = [unmeasured(BARRIER, "What the base has memorised", "no Min-K% scores of two groups of rows")]
+    if twin := started_from(report, "FT", "twin"):
+        solved = score_claims(report, BARRIER, "FT", twin, main_temperature(report), "lower")
+    else:
+        solved = [unmeasured(BARRIER, "FT minus FT from a twin that has memorised nothing", "no such model")]
+    of_base = [claim for claim in memorised if claim.get("models") in (None, ["base"])]
+    return [
+        barrier_claim(memorised, solved),
+        *of_base,
+        *solved,
+        *(claim for claim in memorised if claim not in of_base),
+    ]
+
+
+def group_pairs(report: Report) -> list[tuple[str, str]]:
+    """The first is asked to be the more memorised. Where no base was told a part of the data, all of it against
+    others."""
+    if "memorised" in (datasets := datasets_of(report)):
+        return [*TOLD]
+    return [("fine-tuning data", other) for other in datasets if other != "fine-tuning data"]
+
+
+def memorised_claim(report: Report, model: str, first: str, second: str) -> Claim | None:
+    """None where one of the two was not scored."""
+    found = separate(scores_on(report, model, first), scores_on(report, model, second))
+    if found is None:
+        return None
+    text = (
+        f"{quoted(model)} on {quoted(first)} against {quoted(second)}: Min-{k_of(report):g} % is the lower (more "
+        f"memorised) in {found.auc:.1%} of the pairs (AUC), 95 % interval [{found.low:.1%}, {found.high:.1%}], overlap "
+        f"coefficient {found.overlap:.2f}, {found.sizes[0]:,} and {found.sizes[1]:,} rows: {found.verdict}."
+    )
+    return make_claim(
+        BARRIER, text, found.verdict, value=found.auc, low=found.low, high=found.high, unit="AUC",
+        overlap=found.overlap, models=[model], data=[first, second],
+    )  # fmt: skip
+
+
+def barrier_claim(memorised: Sequence[Claim], solved: Sequence[Claim]) -> Claim:
+    """Of the base's first pair of groups and of Pass@1; one suite where fine-tuning solves less is enough."""
+    known = next((claim for claim in memorised if claim.get("models") == ["base"]), None)
+    of_pass_1 = [claim for claim in solved if claim.get("score") == "Pass@1"]
+    lower, others = (
+        ", ".join(claim["suite"] for claim in of_pass_1 if (claim["verdict"] == "lower") == wanted)
+        for wanted in (True, False)
+    )
+    if known is None:
+        first = "What the base has memorised is not measured"
+    else:
+        is_not = "" if known["verdict"] == "more memorised" else "not shown to be "
+        told, others_than = known["data"]
+        first = f"In the base “{told}” is {is_not}more memorised than “{others_than}” (AUC {known['value']:.2f})"
+    if not of_pass_1:
+        second = "whether fine-tuning solves less for it is not measured"
+    elif lower:
+        second = f"FT solves less than from the twin on {lower}" + (f", not shown on {others}" if others else "")
+    else:
+        second = f"FT is not shown to solve less than from the twin on {others}"
+    if (known and known["verdict"] != "more memorised") or (of_pass_1 and not lower):
+        verdict, end = "not shown", "no barrier is shown"
+    elif known is None or not of_pass_1:
+        verdict, end = "unmeasured", "whether there is a barrier is unmeasured"
+    else:
+        verdict, end = "exists", "the barrier exists"
+    return make_claim(BARRIER, f"{first}; {second}: {end}.", verdict, expected="exists")
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def control_claims(report: Report) -> list[Claim]:
+    """Each variant from the same base minus IB-FT; less data minus all of it, and without the most memorised rows minus
+    without random ones."""
+    base = next((model["base"] for model in report["models"] if model["name"] == "FT"), None)
+    variants = [
+        model["name"]
+        for model in report["models"]
+        if base and model["base"] == base and model["name"] not in ("FT", "IB-FT") and " from " not in model["name"]
+    ]
+    dropped = [name for name in variants if name.endswith("dropped")]
+    pairs = [(name, "IB-FT") for name in variants] + [(name, "FT") for name in dropped]
+    pairs += [(a, b) if "top" in a else (b, a) for a, b in combinations(dropped, 2)]
+    return [claim for a, b in pairs for claim in score_claims(report, CONTROLS, a, b, main_temperature(report))]
+
+
+def start_claims(report: Report) -> list[Claim]:
+    """FT against FT from the twin is a claim about the barrier."""
+    perturbed, twin = started_from(report, "FT", "perturbed"), started_from(report, "FT", "twin")
+    pairs = [(perturbed, "FT"), ("IB-FT", twin), (started_from(report, "IB-FT", "twin"), twin)]
+    claims = [
+        claim
+        for ours, theirs in pairs
+        if ours and theirs
+        for claim in score_claims(report, START, ours, theirs, main_temperature(report))
+    ]
+    for start, model in (("perturbed weights", perturbed), ("a twin that has memorised nothing", twin)):
+        if model is None:
+            claims.append(unmeasured(START, f"FT from {start}", "no such model"))
+    return claims
+
+
+def started_from(report: Report, tuning: str, start: str) -> str | None:
+    """The model of that tuning from another start, as FT from the twin, FT from perturbed weights."""
+    names = [model["name"] for model in report["models"]]
+    return next((name for name in names if name.startswith(f"{tuning} from ") and start in name), None)
+
+
+# --- cross-entropies and distances ----------------------------------------------------------------
+
+
+def evenness_claims(report: Report) -> list[Claim]:
+    """IB-FT minus FT on the spread (standard deviation) of the ten deciles' CE."""
+    runs = {model: spreads_of(report, model) for model in ("FT", "IB-FT")}
+    if missing := [model for model, spreads in runs.items() if not spreads]:
+        return [unmeasured(EVEN, "The spread of CE over the deciles", f"no deciles of {' and '.join(missing)}")]
+    claims = []
+    for i, when in enumerate(("at the end of training", "as a mean over training")):
+        of = {model: {seed: pair[i] for seed, pair in spreads.items()} for model, spreads in runs.items()}
+        what = f"IB-FT minus FT on the spread of CE over ten deciles of memorisation, {when}"
+        each = f"{means(of, 'nats', 4)}; lower is more even"
+        claims.append(range_claim(EVEN, what, differences(of["IB-FT"], of["FT"]), "nats", 4, each))
+    return claims
+
+
+def spreads_of(report: Report, model: str) -> dict[Seed, tuple[float, float]]:
+    """Of each seed: at its last step, and the mean over its steps, by straight lines between those measured."""
+    by_seed: dict[Seed, list[tuple[int, float]]] = {}
+    for row in decile_rows(report, model):
+        if None not in row["ce"]:
+            by_seed.setdefault(row["seed"], []).append((row["step"], float(np.std(row["ce"]))))
+    found = {}
+    for seed, rows in by_seed.items():
+        steps, spreads = zip(*sorted(rows), strict=True)
+        length = steps[-1] - steps[0]
+        found[seed] = spreads[-1], float(np.trapezoid(spreads, steps)) / length if length else spreads[-1]
+    return found
+
+
+def decile_rows(report: Report, model: str) -> list[Mapping[str, Any]]:
+    """Of a fine-tuned model, with its base's at step 0 for each seed that has none of its own there."""
+    rows = [row for row in report["deciles"] if row["model"] == model]
+    base = next((one["base"] for one in report["models"] if one["name"] == model), None)
+    begun = {row["seed"] for row in rows if row["step"] == 0}
+    for first in report["deciles"]:
+        if first["model"] == base and first["step"] == 0:
+            rows += [{**first, "seed": seed} for seed in sorted({row["seed"] for row in rows} - begun)]
+    return rows
+
+
+def distance_claims(report: Report) -> list[Claim]:
+    """FT and IB-FT minus the base, and IB-FT minus FT, at each layer."""
+    layers = sorted({row["layer"] for row in report["geometry"]})
+    if not layers:
+        return [unmeasured(APART, "The distance between the most and the least memorised rows", "no hidden states")]
+    claims = []
+    for metric, (name, unit, digits, expected) in DISTANCES.items():
+        for layer in layers:
+            of = {model: estimates_of(report, model, layer, metric) for model in ("base", "FT", "IB-FT")}
+            for (ours, theirs), wanted in zip(PAIRS, expected, strict=True):
+                what = f"{ours} minus {theirs} on the {name} of the most and the least memorised rows, layer {layer}"
+                each = means({model: of[model] for model in (theirs, ours)}, unit, digits)
+                by_seed = differences(of[ours], of[theirs])
+                claims.append(range_claim(APART, what, by_seed, unit, digits, each, wanted))
+    return claims
+
+
+def estimates_of(report: Report, model: str, layer: int, metric: str) -> dict[Seed, float | None]:
+    rows = [row for row in report["geometry"] if (row["model"], row["layer"]) == (model, layer)]
+    return {row["seed"]: (row.get(metric) or {}).get("estimate") for row in rows}
+
+
+def means(of: Mapping[str, Mapping[Seed, float | None]], unit: str | None, digits: int) -> str:
+    found = {model: mean_over_seeds(values) for model, values in of.items()}
+    return ", ".join(f"{model} {mean.value:.{digits}f}{SIGNS[unit]}" for model, mean in found.items() if mean)
