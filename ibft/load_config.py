@@ -72,7 +72,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> tuple[Config, 
     notices: list[str] = []
     tree: Tree = {}
     if path is not None:
-        _merge(tree, _canonical(_read_yaml(Path(path)), f"{path}: ", notices))
+        _merge(tree, _canonical(read_yaml(Path(path)), f"{path}: ", notices))
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
@@ -113,7 +113,7 @@ def _preset(name: object) -> Tree:
     return tree
 
 
-def _read_yaml(path: Path) -> Tree:
+def read_yaml(path: Path) -> Tree:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ibft.analysis.min_k import min_k, min_k_pp
 from ibft.config import BUNDLED
-from ibft.data.encode import ACCEPTED_KEYS, FORMATS, Sample, encode_rows, to_prompt_response
+from ibft.data.encode import Sample, encode_rows, to_prompt_response
 from ibft.data.ids import hash_rows
 from ibft.data.sources import Row, load_rows
 from ibft.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError
@@ -186,47 +186,25 @@ def load_texts(rows: Sequence[Row], tokenizer: Any, *, text: str, max_length: in
         DataError: a row of unknown kind, or with a value that is no string; a plain text where the response is asked
             for; nothing to score at all.
     """
-    pairs: dict[int, Row] = {}
-    plain: dict[int, str] = {}
+    given: dict[int, Row] = {}
     for number, row in enumerate(rows):
-        prompt, response = prompt_and_text(row, number)
-        if prompt is not None:
-            pairs[number] = {"prompt": prompt, "completion": response}
-        elif text == "response":
+        prompt, response = to_prompt_response(row, number=number + 1)
+        if prompt is None and text == "response":
             raise DataError(f"row {number + 1} is a text without a response: score it with --text whole")
-        else:
-            plain[number] = response
-    found: dict[int, Sample] = {}
-    if pairs:
-        # with its EOS and uncut no row is without a label, so that none is left out and the numbers stay right
-        encoded = encode_rows(list(pairs.values()), tokenizer, max_length=sys.maxsize, add_eos=True)
-        for number, sample in zip(pairs, encoded.samples, strict=True):
-            found[number] = Sample(sample.input_ids[:-1], 0 if text == "whole" else sample.prompt_length)
-    if plain:
-        ids = tokenizer(list(plain.values()), add_special_tokens=False, verbose=False)["input_ids"]
-        found |= {number: Sample(each, 0) for number, each in zip(plain, ids, strict=True)}
+        if prompt is not None or response:
+            given[number] = row
+    # with its EOS and uncut no row that holds anything is without a label, so that the numbers stay right
+    encoded = encode_rows(list(given.values()), tokenizer, max_length=sys.maxsize, add_eos=True) if given else None
+    found = {
+        number: Sample(sample.input_ids[:-1], 0 if text == "whole" else sample.prompt_length)
+        for number, sample in zip(given, encoded.samples if encoded else (), strict=True)
+    }
     fitted = {number: Sample(found[number].input_ids[:max_length], found[number].prompt_length) for number in found}
     samples = {number: fitted[number] for number in sorted(fitted) if fitted[number].num_labels > 0}
     if not samples:
         raise DataError(f"none of the {len(rows):,} rows has a token to score within --max-length {max_length}")
     cut = sum(len(found[number].input_ids) > max_length for number in samples)
     return Texts(samples, empty=len(rows) - len(samples), cut=cut)
-
-
-def prompt_and_text(row: Row, number: int) -> tuple[str | None, str]:
-    """(prompt, response) in a format of training's or question and answer; (None, text). number: from 0."""
-    if any(prompt in row and any(key in row for key in responses) for prompt, responses in FORMATS):
-        return to_prompt_response(row, number=number + 1)
-    keys = ["question", "answer"] if "question" in row and "answer" in row else ["text"]
-    if keys == ["text"] and "text" not in row:
-        raise DataError(
-            f"row {number + 1} has the keys {', '.join(map(str, row)) or '(none)'}; "
-            f"expected {ACCEPTED_KEYS}; question + answer; or text"
-        )
-    for key in keys:
-        if not isinstance(row[key], str):
-            raise DataError(f"row {number + 1}: {key} is {type(row[key]).__name__}, expected a string")
-    return (row["question"], row["answer"]) if len(keys) == 2 else (None, row["text"])
 
 
 # --- samples to scores ----------------------------------------------------------------------------

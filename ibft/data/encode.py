@@ -5,7 +5,7 @@ are tokenised apart, so that the loss mask is exact at the boundary, and so that
 prompt ids that it is given at generation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ FORMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("instruction", ("output", "response", "completion")),
     ("Instruction", ("Response",)),
     ("prompt", ("completion", "response")),
+    ("question", ("answer",)),  # GSM8K
 )
-ACCEPTED_KEYS = "; ".join(f"{prompt} + {'|'.join(responses)}" for prompt, responses in FORMATS)
+ACCEPTED_KEYS = "; ".join([*(f"{prompt} + {'|'.join(responses)}" for prompt, responses in FORMATS), "or text"])
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -81,15 +82,16 @@ class EncodedData:
         return line
 
 
-def to_prompt_response(row: Row, *, number: int | None = None) -> tuple[str, str]:
+def to_prompt_response(row: Row, *, number: int | None = None) -> tuple[str | None, str]:
     """Find the prompt and the response of a row in any accepted format.
 
     Args:
-        row: alpaca (`instruction`, optional `input`, `output`), `Instruction`/`Response`, or `prompt`/`completion`.
+        row: alpaca (`instruction`, optional `input`, `output`), `Instruction`/`Response`, `prompt`/`completion`,
+            `question`/`answer`, or a plain `text`.
         number: row number for the message, from 1.
 
     Returns:
-        (prompt, response); with alpaca's `input`, prompt = instruction + "\\n" + input.
+        (prompt, response); with alpaca's `input`, prompt = instruction + "\\n" + input. (None, text) of a plain text.
 
     Raises:
         DataError: the keys are missing or their values are no strings.
@@ -104,6 +106,8 @@ def to_prompt_response(row: Row, *, number: int | None = None) -> tuple[str, str
             extra = _text(row, "input", where)
             prompt += "\n" + extra if extra else ""
         return prompt, response
+    if "text" in row:
+        return None, _text(row, "text", where)
     raise DataError(f"{where} has the keys {', '.join(map(str, row)) or '(none)'}; expected {ACCEPTED_KEYS}")
 
 
@@ -152,9 +156,7 @@ def encode_rows(
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         texts = [to_prompt_response(row, number=start + offset) for offset, row in enumerate(chunk, start=1)]
-        prompts = encode_prompts([prompt for prompt, _ in texts], tokenizer)
-        responses = _response_ids(tokenizer, [response for _, response in texts])
-        for prompt, response in zip(prompts, responses, strict=True):
+        for prompt, response in _encode_texts(texts, tokenizer):
             whole = Sample(prompt + response + eos, len(prompt))
             sample = Sample(whole.input_ids[:max_length], len(prompt))
             lost += whole.num_labels - sample.num_labels
@@ -170,6 +172,16 @@ def encode_rows(
             f"no sample left: none of the {len(rows):,} rows has a label token within max_length = {max_length}"
         )
     return EncodedData(samples, rows=len(rows), dropped=dropped, truncated=truncated, lost_label_tokens=lost)
+
+
+def _encode_texts(texts: Sequence[tuple[str | None, str]], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids of prompt and response of each; a plain text is all response, and nothing stands before it."""
+    pairs = [(prompt, response) for prompt, response in texts if prompt is not None]
+    prompts = iter(encode_prompts([prompt for prompt, _ in pairs], tokenizer))
+    responses = iter(_response_ids(tokenizer, [response for _, response in pairs]))
+    plain = iter(_ids(tokenizer, [response for prompt, response in texts if prompt is None]))
+    for prompt, _ in texts:
+        yield ([], next(plain)) if prompt is None else (next(prompts), next(responses))
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

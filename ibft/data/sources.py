@@ -25,7 +25,8 @@ def load_rows(path: str, *, split: str = "train") -> list[Row]:
 
     Args:
         path: a .json (array of objects), .jsonl (an object a line), the same with .gz, or .parquet file; else a hub id.
-            Array or lines is decided by the content, since many published .json files hold JSON lines.
+            Array or lines is decided by the content, since many published .json files hold JSON lines. A hub id may
+            name one of the set's configurations: openai/gsm8k:main.
         split: split of a hub data set; a local file has no splits, so it is ignored there.
 
     Raises:
@@ -137,7 +138,8 @@ def _read_hub(path: str, split: str) -> list[Row]:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError
 
     try:
-        return load_dataset(path, split=split).to_list()
+        name, _, configuration = path.partition(":")
+        return load_dataset(name, configuration or None, split=split).to_list()
     except HFValidationError as error:
         raise DataError(f"{path}: neither a file nor a possible hub id: {_first_line(error)}") from error
     except (DatasetNotFoundError, GatedRepoError) as error:

@@ -50,7 +50,7 @@ SUITES = {
         Suite("verilogeval-v1", ("prompt", "test"), "canonical_solution", 30.0),
         Suite("verilogeval-v2", ("prompt", "test", "ref"), "canonical_solution", 30.0),
         Suite("verilogeval-v2-complete", ("prompt", "test", "ref", "ifc"), "canonical_solution", 30.0),
-        Suite("gsm8k", ("question", "answer"), "answer", 1.0, ("openai/gsm8k", "test")),
+        Suite("gsm8k", ("question", "answer"), "answer", 1.0, ("openai/gsm8k:main", "test")),
         Suite("jsonl-tests", ("entry_point", "test"), "output", 5.0),
     )
 }  # fmt: skip

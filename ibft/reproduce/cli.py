@@ -64,6 +64,24 @@ def evol(overrides: Overrides = None, out: Out = None, dry_run: DryRun = False, 
     reproduce("evol", overrides, out, 1, None, dry_run, debug)
 
 
+@app.command("from")
+def from_recipe(
+    recipe: Annotated[str, typer.Argument(help="A recipe file (.yaml), or the name of a shipped one: gsm8k, text.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    jobs: Jobs = 1,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """The same pipeline from a recipe of your own: another model, other data, other problems, no line of code.
+
+    Start from a copy of a shipped one (ibft/recipes): gsm8k for mathematics, text for plain text, evol for Python.
+
+    Exit codes: as `reproduce tiny`.
+    """
+    reproduce(recipe, overrides, out, jobs or 1, None, dry_run, debug)
+
+
 def reproduce(
     recipe: str,
     overrides: list[str] | None,
@@ -80,7 +98,7 @@ def reproduce(
         if jobs < 1:
             raise ConfigError(f"--jobs: got {jobs}, expected 1 or more")
         chosen = load_recipe(recipe, overrides or [])
-        folder = out or Path("reproductions") / recipe
+        folder = out or Path("reproductions") / chosen.name
         if dry_run:
             from ibft.reproduce.steps import show_steps
 

@@ -71,6 +71,7 @@ class Place:
                 "text": scoring.text, "k": scoring.k, "batch_tokens": scoring.batch_tokens,
                 "max_length": self.config.data.max_length,
             },
+            "taught": scoring.taught,
             "geometry": recipe.geometry.model_dump(mode="json"),
         }  # fmt: skip
 
@@ -132,3 +133,19 @@ def gather(recipe: Recipe, out: Path, *, judge_jobs: int) -> Place:
         name: bundled("test") if path == BUNDLED else path for name, path in recipe.memorization.comparison.items()
     }
     return Place(recipe, out, config, data, held_out, problems, comparison, judge_jobs)
+
+
+def check(place: Place) -> None:
+    """What would else be found missing after hours of training.
+
+    Raises:
+        DataError, SetupError, ConfigError: problems that cannot be read, no sandbox, no simulator, no matplotlib.
+    """
+    from ibft.evaluation.judge import make_judge
+    from ibft.evaluation.score_plots import need_matplotlib
+    from ibft.evaluation.suites import load_problems, suite_of
+
+    need_matplotlib("the figures")
+    for name, suite in place.recipe.suites.items():
+        load_problems(suite_of(suite.suite), place.problems[name])
+        make_judge(suite_of(suite.suite), suite.rule)

@@ -4,10 +4,13 @@ tiny        the bundled base and tasks, a base made for it that has memorised a 
 tiny-quick  the same pipeline with little of everything
 origen      the paper's OriGen (Verilog) runs at full size, one GPU
 evol        the paper's Evol-CodeAlpaca (Python) runs, the same
+gsm8k       mathematics, and
+text        plain text: to copy and change
 """
 
 import json
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -15,9 +18,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from ibft.config import NonNegative, PositiveInt, Section
 from ibft.errors import ConfigError
-from ibft.load_config import load_config
+from ibft.load_config import load_config, read_yaml
 
-RECIPES = ("tiny", "origen", "evol")
+RECIPES = ("tiny", "tiny-quick", "origen", "evol", "gsm8k", "text")
 Tree = dict[str, Any]
 
 
@@ -69,6 +72,9 @@ class SuiteRecipe(Section):
 
 class MemorizationRecipe(Section):
     text: Literal["response", "whole"] = "whole"
+    """Tokens of Min-K%."""
+    taught: Literal["response", "whole"] = "response"
+    """Tokens of the deciles' cross-entropy; plain texts are taught whole."""
     k: Annotated[float, Field(gt=0, le=100)] = 20
     share: Annotated[float, Field(gt=0, lt=100)] = 10
     """Percent of the rows: most memorised, least memorised, random."""
@@ -95,7 +101,8 @@ class Recipe(Section):
     bases: TinyBases | None = None
     """None: model.name_or_path of `train` is the one base."""
     models: Annotated[tuple[ModelRecipe, ...], Field(min_length=1)]
-    suites: Annotated[dict[str, SuiteRecipe], Field(min_length=1)]
+    suites: dict[str, SuiteRecipe]
+    """By name; none: nothing is sampled."""
     memorization: MemorizationRecipe = MemorizationRecipe()
     geometry: GeometryRecipe = GeometryRecipe()
     scored: tuple[str, ...] = ("FT", "IB-FT")
@@ -125,13 +132,19 @@ BASES = ("base", "twin base", "perturbed base")
 
 
 def load_recipe(name: str, overrides: list[str]) -> Recipe:
-    """A shipped one, changed by key=value: a key of the recipe (`bases.steps`), or else one of `ibft-fast train`.
+    """A shipped one or a file, changed by key=value: a key of the recipe (`bases.steps`), or else one of `ibft-fast
+    train`.
 
     Raises:
-        ConfigError: an unknown key, a value out of range; settings that training would refuse.
+        ConfigError: no such recipe, an unknown key, a value out of range; settings that training would refuse.
     """
-    text = files("ibft").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
-    tree: Tree = yaml.safe_load(text)
+    tree: Tree
+    if name in RECIPES:
+        tree = yaml.safe_load(files("ibft").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8"))
+    elif Path(name).suffix in (".yaml", ".yml"):
+        tree = read_yaml(Path(name))
+    else:
+        raise ConfigError(f"got {name!r}, expected a recipe file (.yaml) or one of {', '.join(RECIPES)}")
     for override in overrides:
         key, value = parsed(override)
         *parents, last = (

@@ -15,7 +15,7 @@ from typing import Any
 
 from ibft.console import Console
 from ibft.experiment.jobs import Job, run_jobs
-from ibft.reproduce.place import Place, begin, gather
+from ibft.reproduce.place import Place, begin, check, gather
 from ibft.reproduce.recipe import ModelRecipe, Recipe, overrides_of
 from ibft.reproduce.work import ask_base, look_into_base, make_base, make_model
 
@@ -35,6 +35,7 @@ def run_reproduction(recipe: Recipe, out: Path, *, workers: int, threads: int | 
     console = Console()
     begin(out, {"recipe": recipe.model_dump(mode="json"), "threads": threads})
     place = gather(recipe, out, judge_jobs=max(1, (os.cpu_count() or 1) // workers))
+    check(place)
     run = lambda jobs, what: run_jobs(jobs, workers=workers, threads=threads, console=console, what=what)  # noqa: E731
     made = run([making(place, name) for name in place.bases[:2]], "bases") if recipe.bases else []
     if recipe.bases:

@@ -129,17 +129,14 @@ def steps_of(recipe: Recipe, config: Config, known: Known | None) -> Iterator[St
         drawn = problems * suite.n * (passes + (1 + scored_runs) * len(suite.more_temperatures))
         samples += drawn
         batches += drawn / suite.batch_size * suite.max_new_tokens
-    longest = max(suite.max_new_tokens for suite in recipe.suites.values())
+    longest = max((suite.max_new_tokens for suite in recipe.suites.values()), default=0)
     work = 2 * parameters * samples * longest if parameters else None
-    yield Step("sample and judge", f"{samples:,} samples", work, moved=batches * (weights or 0), memory=weights)
+    if samples:
+        yield Step("sample and judge", f"{samples:,} samples", work, moved=batches * (weights or 0), memory=weights)
 
 
-PROBLEMS = {
-    "humaneval": 164,
-    "mbpp": 500,
-    "verilogeval-v1": 156,
-    "verilogeval-v1-machine": 143,
-}  # where no file is here
+# where no file is here
+PROBLEMS = {"humaneval": 164, "mbpp": 500, "verilogeval-v1": 156, "verilogeval-v1-machine": 143, "gsm8k": 1319}
 
 
 def problems_of(suite: str, path: str | None, limit: int | None) -> int:

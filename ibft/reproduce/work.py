@@ -105,9 +105,9 @@ def deciles(here: Tree) -> list[list[int]]:
 
 
 def ce_of_rows(model: Model, asked: Tree, here: Tree, out: Path) -> None:
-    """Of the response, whatever text Min-K% is of: that is what fine-tuning teaches."""
+    """Of what fine-tuning teaches, whatever text Min-K% is of."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    score(model, here["data"], out, **{**asked["scoring"], "text": "response"})
+    score(model, here["data"], out, **{**asked["scoring"], "text": asked["taught"]})
 
 
 def score_all(model: Model, asked: Tree, here: Tree, folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -23,7 +23,7 @@ ENDINGS = (".png", ".svg")
 BLUE, RED, GREEN = (colour for colour, _ in LOOKS[:3])
 COLUMNS = 2  # panels side by side
 CELL = 0.34  # inches of a heat map's row
-MANY = 20  # the largest value over the smallest, from which an axis is logarithmic
+MANY = 10  # the largest value over the smallest, from which an axis is logarithmic
 INTERVAL = "95 % interval over tasks and seeds"
 
 

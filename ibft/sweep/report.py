@@ -113,7 +113,8 @@ def said_of_choice(report: Report) -> Iterator[str]:
         return
     if by_tasks:
         what = f"Pass@1 on {counted(len(report['tasks'][VALIDATION]), 'validation task')}"
-        value = f"{percent(chosen['scores'][0])} %, the best of {counted(len(cells), 'cell')} and so too high"
+        value = f"{percent(chosen['scores'][0])} %"
+        value += f", the best of {len(cells)} cells and so too high" if len(cells) > 1 else ""
     else:
         what, value = "held-out cross-entropy", f"{spread(chosen['eval_ce'], 4)} nats"
     yield f"Chosen by {what}, {counted(len(report['seeds']), 'seed')}: {chosen['cell']} ({value})."
@@ -189,8 +190,7 @@ def place(row: Report) -> tuple[bool, bool, float]:
 def marks(report: Report, row: Report) -> str:
     if row["diverged"]:
         return f"diverged: seed {', '.join(map(str, row['diverged']))}"
-    said = ["chosen"] if row["cell"] == report["chosen"] else []
-    said += ["stable"] if row["cell"] in report["stable"] else []
+    said = ["chosen"] if row["cell"] == report["chosen"] else ["stable"] if row["cell"] in report["stable"] else []
     said += ["on the front"] if row["cell"] in report["front"] else []
     return ", ".join(said)
 

@@ -18,11 +18,13 @@ from ibft.console import Console
 from ibft.errors import DataError
 from ibft.experiment.begin import begin
 from ibft.experiment.jobs import Job, run_jobs
+from ibft.reproduce.sentences import counted
 from ibft.sweep.grid import Cell
 from ibft.sweep.plan import TEST, VALIDATION, Sweep, config_of, tasks_of
 from ibft.sweep.work import ask_test, run_cell
 
 Tree = dict[str, Any]
+WIDE = 160  # letters of a table's line in a file, which has no edge
 
 
 def run_sweep(sweep: Sweep, *, jobs: int | None) -> None:
@@ -66,9 +68,9 @@ def run_sweep(sweep: Sweep, *, jobs: int | None) -> None:
 
 
 def describe(sweep: Sweep) -> str:
-    cells, seeds = len(sweep.cells), len(sweep.seeds)
+    cells, seeds = (counted(len(each), what) for each, what in ((sweep.cells, "cell"), (sweep.seeds, "seed")))
     grid = " x ".join(f"{len(values)} of {key}" for key, values in sweep.grid.items())
-    return f"sweep: {cells:,} cells ({grid}) and the baseline, {seeds} seeds: {len(sweep.runs):,} runs, in {sweep.out}"
+    return f"sweep: {cells} ({grid}) and the baseline, {seeds}: {len(sweep.runs):,} runs, in {sweep.out}"
 
 
 def folder_of(sweep: Sweep, cell: Cell, seed: int) -> Path:
@@ -118,7 +120,7 @@ def write_all(report: Tree, out: Path, console: Console) -> None:
     except OSError as error:
         raise DataError(f"{out}: {error.strerror or error}") from error
     drawn = list(draw_figures(report, out / "figures"))
-    console.rich.print(table_of(report))
+    console.rich.print(table_of(report), width=None if console.rich.is_terminal else WIDE)
     for sentence in report["sentences"]:
         console.line(f"- {sentence}")
     for line in drawn:

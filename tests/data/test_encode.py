@@ -21,6 +21,9 @@ from ibft.errors import DataError, SetupError
         ({"prompt": "p", "completion": "r", "input": "x"}, ("p", "r")),
         ({"prompt": "p", "response": "r"}, ("p", "r")),
         ({"prompt": "no", "instruction": "p", "output": "r"}, ("p", "r")),
+        ({"question": "p", "answer": "r"}, ("p", "r")),
+        ({"text": "all of it"}, (None, "all of it")),
+        ({"prompt": "p", "completion": "r", "text": "not this"}, ("p", "r")),
     ],
 )
 def test_accepted_formats(row, expected):
@@ -30,7 +33,8 @@ def test_accepted_formats(row, expected):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "p", "answer": "r"}, r"row 7 has the keys question, answer; expected instruction \+ output"),
+        ({"query": "p", "answer": "r"}, r"row 7 has the keys query, answer; expected instruction \+ output"),
+        ({"text": 3}, "row 7: text is int, expected a string"),
         ({"instruction": "p"}, "row 7 has the keys instruction; expected"),
         ({"instruction": "p", "output": 3}, "row 7: output is int, expected a string"),
         ({"instruction": None, "output": "r"}, "row 7: instruction is NoneType"),
@@ -48,6 +52,15 @@ def test_row_numbers_go_on_across_chunks(tokenizer, monkeypatch):
     rows = [{"prompt": "p", "response": "r"}] * 4 + [{"prompt": "p"}]
     with pytest.raises(DataError, match="row 5"):
         encode_rows(rows, tokenizer, max_length=9)
+
+
+def test_a_plain_text_is_taught_whole_beside_pairs(tokenizer):
+    rows = [{"text": "abc"}, {"question": "p", "answer": "r"}, {"text": "d"}]
+    plain, pair, short = encode_rows(rows, tokenizer, max_length=99).samples
+    assert tokenizer.decode(plain.input_ids) == "abc<eos>"
+    assert (plain.prompt_length, plain.first_label, plain.num_labels) == (0, 1, 3)  # nothing predicts the first token
+    assert tokenizer.decode(pair.input_ids) == "p\nr<eos>"
+    assert tokenizer.decode(short.input_ids) == "d<eos>"
 
 
 def test_a_sample_is_prompt_separator_response_eos(tokenizer):

@@ -110,13 +110,14 @@ def test_a_hub_id_is_loaded_with_its_split(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = []
 
-    def load_dataset(path, *, split):
-        asked.append((path, split))
+    def load_dataset(path, name, *, split):
+        asked.append((path, name, split))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_rows("owner/name-v1.5", split="test") == ROWS
-    assert asked == [("owner/name-v1.5", "test")]
+    assert load_rows("owner/name:main", split="test") == ROWS
+    assert asked == [("owner/name-v1.5", None, "test"), ("owner/name", "main", "test")]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_hub_id_is_loaded_with_its_split(monkeypatch, tmp_path):
 def test_hub_faults_say_what_to_do(monkeypatch, tmp_path, raised, expected, message):
     monkeypatch.chdir(tmp_path)
 
-    def load_dataset(path, *, split):
+    def load_dataset(path, name, *, split):
         raise raised
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
