@@ -18,7 +18,7 @@ from ibft.errors import ConfigError, DataError, OutOfMemoryError, SetupError
 from ibft.memory import free_memory, peak_memory_mib
 from ibft.plan import CUDA_CONTEXT, GIB, Choice, Load, ModelShape, Setup, choose_plan
 from ibft.rundir import RunDir
-from ibft.watch import Watch
+from ibft.watch import Watch, solves_fewer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,6 +145,9 @@ def train_and_report(
         )
         return 128 + trainer.interrupted
     after = pass_at_1(config, trainer, tokenizer, tasks, console, "after")
+    if config.ib.alpha > 0 and "compressed" not in watch.said and (fewer := solves_fewer(before, after)):
+        warnings.append(fewer)
+        console.notice(f"warning: {fewer}")
 
     steps = [row for row in rows if "loss" in row]
     result = {

@@ -4,11 +4,15 @@ over-compression    the cross-entropy rises while KL falls, or few latent dimens
 no compression      the bottleneck is next to nothing in the loss
 unstable encoder    KL shoots up: the encoder's steps are too long, and LoRA follows its gradient
 
+Over-compression is also what the end shows: fewer tasks solved than by the base (`solves_fewer`).
+
 Each is said once a run. The thresholds are ours, chosen on the bundled base (tests/test_watch.py trains into each).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ibft.config import Config
 
@@ -70,3 +74,13 @@ class Watch:
         if weight >= WEIGHTLESS or max(row["kl"] for row in recent) < 1.0:  # a small KL is not one that weighs nothing
             return None
         return f"hardly any compression: alpha KL is {weight:.2%} of CE; raise ib.alpha or lower ib.beta"
+
+
+def solves_fewer(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str | None:
+    """Of Pass@1 before and after training, {value, tasks}: by more than the tasks' number leaves to chance."""
+    if not (before and after and "value" in before and "value" in after):
+        return None
+    first, last, n = before["value"], after["value"], after["tasks"]
+    if first - last <= 2 * math.sqrt((first * (1 - first) + last * (1 - last)) / n):
+        return None
+    return f"over-compression: Pass@1 fell from {first:.1%} to {last:.1%}; lower ib.alpha or raise ib.beta"

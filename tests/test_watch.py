@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from ibft.cli import app
 from ibft.load_config import load_config
-from ibft.watch import Watch
+from ibft.watch import Watch, solves_fewer
 
 HEALTHY = [(1, 0.12, 590, 1.0), (2, 0.13, 300, 1.0), (3, 0.11, 80, 0.9), (4, 0.1, 20, 0.8), (5, 0.1, 15, 0.8)]
 
@@ -37,6 +37,27 @@ def test_over_compression_by_the_dimensions():
     rows = [(step, 0.1, 4, 0.04) for step in range(1, 5)]
     assert warnings(rows) == ["over-compression: 4% of the latent dimensions in use; lower ib.alpha or raise ib.beta"]
     assert warnings([*rows[:3], (4, 0.1, 4, 0.06)]) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "tasks", "warns"),
+    [(0.5, 0.3, 128, True), (0.5, 0.4, 128, False), (0.5, 0.3, 16, False), (0.5, 0.7, 128, False), (1.0, 0.9, 64, True)],
+)
+def test_over_compression_by_what_is_solved(before, after, tasks, warns):
+    """Two standard errors of the difference; at 128 tasks and a half about 12 points."""
+    text = solves_fewer({"value": before, "tasks": tasks}, {"value": after, "tasks": tasks})
+    assert text == (
+        f"over-compression: Pass@1 fell from {before:.1%} to {after:.1%}; lower ib.alpha or raise ib.beta"
+        if warns
+        else None
+    )
+
+
+def test_what_was_not_solved_or_not_judged_says_nothing():
+    judged = {"value": 0.5, "tasks": 128}
+    assert solves_fewer(None, judged) is None
+    assert solves_fewer({"not_judged": "no sandbox"}, judged) is None
+    assert solves_fewer(judged, {"not_judged": "no sandbox"}) is None
 
 
 def test_hardly_any_compression():

@@ -8,6 +8,7 @@ explanation 1   whether rows of all degrees of memorisation are fitted alike
 explanation 2   whether plain fine-tuning widens the distance between the most and the least memorised rows, and IB-FT
                 shrinks it
 explanation 3   whether the barrier lies in what the weights hold at the start: a twin, perturbed weights
+next            over-compression or too little of it, and the setting to change
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from ibft.reproduce.sentences import SIGNS, Claim, make_claim, quoted, range_cla
 from ibft.reproduce.separation import datasets_of, k_of, scores_on, separate
 
 BARRIER, TUNED, CONTROLS = "barrier", "IB-FT", "controls"
-EVEN, APART, START = "explanation 1", "explanation 2", "explanation 3"
+EVEN, APART, START, NEXT = "explanation 1", "explanation 2", "explanation 3", "next"
 TOPICS = {
     BARRIER: "The barrier: has the base memorised the data, and does fine-tuning solve less for it?",
     TUNED: "IB-FT against plain fine-tuning",
@@ -36,6 +37,7 @@ TOPICS = {
     EVEN: "Explanation 1: are rows of all degrees of memorisation fitted alike?",
     APART: "Explanation 2: do the most and the least memorised rows move apart in the hidden states?",
     START: "Explanation 3: does it matter where training starts?",
+    NEXT: "What to change next",
 }
 TOLD = (("memorised", "unseen"), ("memorised", "rest"), ("rest", "unseen"))
 PAIRS = (("FT", "base"), ("IB-FT", "base"), ("IB-FT", "FT"))
@@ -57,6 +59,7 @@ def make_claims(report: Report) -> list[Claim]:
         *evenness_claims(report),
         *distance_claims(report),
         *start_claims(report),
+        *next_claims(report, main),
     ]
 
 
@@ -243,3 +246,38 @@ def estimates_of(report: Report, model: str, layer: int, metric: str) -> dict[Se
 def means(of: Mapping[str, Mapping[Seed, float | None]], unit: str | None, digits: int) -> str:
     found = {model: mean_over_seeds(values) for model, values in of.items()}
     return ", ".join(f"{model} {mean.value:.{digits}f}{SIGNS[unit]}" for model, mean in found.items() if mean)
+
+
+# --- what to change -------------------------------------------------------------------------------
+
+LESS, MORE = "lower ib.alpha or raise ib.beta", "raise ib.alpha or lower ib.beta"
+
+
+def next_claims(report: Report, temperature: float | None) -> list[Claim]:
+    """On every suite, from IB-FT against plain fine-tuning where all of k samples must pass, and against its base."""
+    found = []
+    for suite in report["suites"]:
+        against = {
+            name: [
+                claim
+                for claim in score_claims(report, NEXT, "IB-FT", name, temperature)
+                if claim["verdict"] != "unmeasured" and claim["suite"] == suite
+            ]
+            for name in ("FT", "base")
+        }
+        if not against["FT"]:
+            found.append(unmeasured(NEXT, f"Whether to compress more or less on {suite}", "no samples of IB-FT and FT"))
+            continue
+        tuned, score = against["FT"][-1], against["FT"][-1]["score"]
+        if tuned["verdict"] == "lower":
+            what, verdict = f"fewer than FT: over-compression does that; {LESS}", "compress less"
+        elif against["base"] and against["base"][0]["verdict"] == "lower":
+            score = against["base"][0]["score"]
+            what, verdict = f"fewer than the base: over-compression does that; {LESS}", "compress less"
+        elif tuned["verdict"] == "higher":
+            what, verdict = "more than FT: nothing calls for a change", "keep"
+        else:
+            what = f"no more than FT: too little compression does that, or no barrier to break; {MORE}"
+            verdict = "compress more"
+        found.append(make_claim(NEXT, f"On {suite} at {score} IB-FT solves {what}.", verdict, suite=suite))
+    return found or [unmeasured(NEXT, "Whether to compress more or less", "no samples")]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from reproduction_report import LAYERS, SEEDS, make_report
 
-from ibft.reproduce.claims import APART, BARRIER, CONTROLS, EVEN, START, TOPICS, TUNED, make_claims, spreads_of
+from ibft.reproduce.claims import APART, BARRIER, CONTROLS, EVEN, NEXT, START, TOPICS, TUNED, make_claims, spreads_of
 from ibft.reproduce.over_seeds import end_cells
 from ibft.reproduce.sentences import in_points, points, range_claim
 from ibft.reproduce.separation import separate
@@ -63,11 +63,11 @@ def test_each_sentence_says_what_its_numbers_say(chosen):
             assert "unmeasured" in text
             continue
         expected = claim["expected"]
-        if claim["topic"] != BARRIER or claim["unit"] == "fraction":
+        if claim["topic"] not in (BARRIER, NEXT) or claim["unit"] == "fraction":
             end = f": {verdict}{'' if expected is None else ', as expected' if verdict == expected else f' (expected: {expected})'}."  # noqa: E501
             assert text.endswith(end), text
         if value is None:
-            assert verdict in ("exists", "not shown")
+            assert verdict in ("exists", "not shown", "keep", "compress less", "compress more")
             continue
         assert low is None or low <= value <= high
         middle = 0.5 if claim["unit"] == "AUC" else 0
@@ -83,6 +83,27 @@ def test_each_sentence_says_what_its_numbers_say(chosen):
         if shown is not None:
             scale = 100 if claim["unit"] == "fraction" else 1
             assert shown == pytest.approx(scale * value, abs=0.051), text
+
+
+@pytest.mark.parametrize(
+    ("solved", "verdict", "said"),
+    [
+        ({"FT": 0.5, "IB-FT": 0.9}, "keep", "solves more than FT: nothing calls for a change."),
+        ({"FT": 0.9, "IB-FT": 0.3}, "compress less", "fewer than FT: over-compression does that; lower ib.alpha or"),
+        ({"FT": 1.0, "IB-FT": 1.0}, "compress more", "no more than FT: too little compression does that, or no bar"),
+        ({"base": 1.0, "FT": 0.0, "IB-FT": 0.0}, "compress less", "On tiny at Pass@1 IB-FT solves fewer than the base"),
+    ],
+)
+def test_what_to_change_next(solved, verdict, said):
+    (claim,) = claims_of(NEXT, solved=solved)
+    assert claim["verdict"] == verdict
+    assert said in claim["text"]
+    assert ("Pass@10(10)" in claim["text"]) == ("base" not in solved)
+
+
+def test_nothing_is_said_of_what_to_change_without_samples():
+    (claim,) = (c for c in make_claims(without(make_report(), "counts", model="IB-FT")) if c["topic"] == NEXT)
+    assert claim["verdict"] == "unmeasured"
 
 
 def test_the_sentence_in_full():
