@@ -41,7 +41,7 @@ def test_over_compression_by_the_dimensions():
 
 @pytest.mark.parametrize(
     ("before", "after", "tasks", "warns"),
-    [(0.5, 0.3, 128, True), (0.5, 0.4, 128, False), (0.5, 0.3, 16, False), (0.5, 0.7, 128, False), (1.0, 0.9, 64, True)],
+    [(0.5, 0.3, 128, True), (0.5, 0.4, 128, False), (0.5, 0.3, 16, False), (0.5, 0.7, 128, False), (1, 0.9, 64, True)],
 )
 def test_over_compression_by_what_is_solved(before, after, tasks, warns):
     """Two standard errors of the difference; at 128 tasks and a half about 12 points."""

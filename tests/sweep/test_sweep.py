@@ -50,7 +50,7 @@ def files(tmp_path_factory):
 def arguments(files):
     named = [[f"--{name}", files / f"{name}.{kind}"] for name, kind in
              (("validation", "jsonl"), ("test", "jsonl"), ("most", "json"), ("least", "json"))]  # fmt: skip
-    return [*LEAST, *(part for pair in named for part in pair)]
+    return [*LEAST, f"data.eval_path={files / 'validation.jsonl'}", *(part for pair in named for part in pair)]
 
 
 @pytest.fixture(scope="module")
