@@ -130,7 +130,8 @@ def gather(recipe: Recipe, out: Path, *, judge_jobs: int) -> Place:
         for name, suite in recipe.suites.items()
     }
     comparison = {
-        name: bundled("test") if path == BUNDLED else path for name, path in recipe.memorization.comparison.items()
+        name: bundled("test", recipe.max_rows) if path == BUNDLED else path
+        for name, path in recipe.memorization.comparison.items()
     }
     return Place(recipe, out, config, data, held_out, problems, comparison, judge_jobs)
 

@@ -97,7 +97,7 @@ class Recipe(Section):
     train: Tree
     """Settings of `ibft-fast train` that all models share, as section.key: value."""
     max_rows: PositiveInt | None = None
-    """Only the first of the bundled rows."""
+    """Only the first of the bundled rows, of training and comparison."""
     bases: TinyBases | None = None
     """None: model.name_or_path of `train` is the one base."""
     models: Annotated[tuple[ModelRecipe, ...], Field(min_length=1)]

@@ -16,8 +16,7 @@ from ibft.reproduce.recipe import RECIPES, load_recipe
 LEAST = [
     "max_rows=20", "bases.steps=1", "train.max_steps=2", "train.logging_steps=1", "score_steps=1",
     'models=[{name: FT, what: plain, changes: {ib.alpha: 0}}, {name: IB-FT, what: ours},'
-    ' {name: dropped, what: control, changes: {ib.alpha: 0}, drop: most_memorised},'
-    " {name: moved, what: start, base: perturbed base, changes: {ib.alpha: 0}}]",
+    " {name: dropped, what: control, base: perturbed base, changes: {ib.alpha: 0}, drop: most_memorised}]",
     "suites.tiny.max_problems=2", "suites.tiny.max_new_tokens=4", "suites.tiny.more_temperatures=[1.0]",
 ]  # fmt: skip
 
@@ -47,21 +46,21 @@ def report_of(out: Path) -> dict:
 
 def test_every_table_is_filled(made):
     report = report_of(made)
-    bases, models = ["base", "twin base", "perturbed base"], ["FT", "IB-FT", "dropped", "moved"]
+    bases, models = ["base", "twin base", "perturbed base"], ["FT", "IB-FT", "dropped"]
     assert [model["name"] for model in report["models"]] == bases + models
     assert {row["model"] for row in report["counts"]} == set(bases + models)
     assert {row["model"] for row in report["geometry"]} == set(bases + models)
     assert {row["model"] for row in report["memorization"]} == {*bases, "FT", "IB-FT"}
     groups = {row["data"]: len(row["values"]) for row in report["memorization"] if row["model"] == "FT"}
-    assert groups == {"memorised": 6, "rest": 14, "unseen": 128}
+    assert groups == {"memorised": 6, "rest": 14, "unseen": 20}
     steps = [(row["model"], row["step"]) for row in report["deciles"] if row["model"] in ("base", "FT", "IB-FT")]
     assert steps == [("base", 0), ("FT", 1), ("FT", 2), ("IB-FT", 1), ("IB-FT", 2)]
     assert all(len(row["ce"]) == 10 for row in report["deciles"])
     temperatures = {model: [r["temperature"] for r in report["counts"] if r["model"] == model] for model in models}
-    assert temperatures == {"FT": [0.6, 1.0], "IB-FT": [0.6, 1.0], "dropped": [0.6], "moved": [0.6]}
+    assert temperatures == {"FT": [0.6, 1.0], "IB-FT": [0.6, 1.0], "dropped": [0.6]}
     assert all(len(row["passed"]) == len(report["suites"]["tiny"]["tasks"]) == 2 for row in report["counts"])
     assert [(row["model"], row["steps"], row["kl"] is None) for row in report["training"]] == [
-        ("FT", 2, True), ("IB-FT", 2, False), ("dropped", 2, True), ("moved", 2, True),
+        ("FT", 2, True), ("IB-FT", 2, False), ("dropped", 2, True),
     ]  # fmt: skip
     assert report["claims"]
     assert all((made / "figures" / f"fig3.{kind}").stat().st_size > 0 for kind in ("png", "svg"))
@@ -96,7 +95,7 @@ def test_again_the_same_bytes(made, tmp_path):
 def test_stopped_it_goes_on(made):
     """As kills leave it: one model in the middle of training, one in the middle of its samples."""
     before = (made / "report.json").read_bytes()
-    trains, samples, done = (made / "models" / name / "seed-0" for name in ("ib-ft", "moved", "ft"))
+    trains, samples, done = (made / "models" / name / "seed-0" for name in ("ib-ft", "dropped", "ft"))
     for folder in (trains, samples):
         (folder / "done.json").unlink()
     (trains / "run" / "result.json").unlink()
@@ -106,7 +105,7 @@ def test_stopped_it_goes_on(made):
     (made / "report.json").unlink()
     result = reproduce_apart("tiny", "--quick", "-o", made, *LEAST)
     assert result.returncode == 0, result.stderr
-    assert "models: 2 of 4 done already" in result.stdout
+    assert "models: 1 of 3 done already" in result.stdout
     assert (made / "report.json").read_bytes() == before
     assert ((done / "done.json").stat().st_mtime_ns, (samples / "run" / "result.json").stat().st_mtime_ns) == kept
 
