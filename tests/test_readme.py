@@ -1,5 +1,6 @@
 """The README's code runs, and its commands exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from ibft.load_config import known_keys, preset_names
+from ibft.reproduce.claims import make_claims
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,3 +55,13 @@ def test_exit_codes_are_those_of_the_errors(code):
     }
     assert code in codes
     assert re.search(rf"\b{code} [a-z]", README.split("Exit codes:")[1])
+
+
+def test_what_it_says_came_out_is_what_the_report_says():
+    report = json.loads((ROOT / "docs/reproduction/tiny/report.json").read_text(encoding="utf-8"))
+    quoted = re.findall(
+        r"^- (.*)$", README.split("in the report's own sentences:")[1].split("At this size")[0], re.MULTILINE
+    )
+    assert len(quoted) == 3
+    assert set(quoted) <= {claim["text"] for claim in report["claims"]}
+    assert make_claims(report) == report["claims"]

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,6 +134,7 @@ def check_end(job: Job, exit_code: int | None) -> None:
 def work(job: Job, threads: int | None) -> None:
     """In the job's process."""
     os.setpgrp()  # Ctrl+C is the parent's to hear: it ends its processes itself
+    threading.Thread(target=end_with_parent, daemon=True).start()
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / FAULT).unlink(missing_ok=True)
     log = (job.folder / LOG).open("a", encoding="utf-8")
@@ -152,6 +154,14 @@ def work(job: Job, threads: int | None) -> None:
         traceback.print_exc()
         raise SystemExit(1) from None
     write_whole(job.folder / DONE, {"key": job.key, "result": result})
+
+
+def end_with_parent() -> None:
+    """One that is killed outright ends nothing; the same command would start a second process in the job's folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def write_whole(path: Path, content: Mapping[str, Any]) -> None:

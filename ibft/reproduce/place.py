@@ -1,19 +1,16 @@
 """Where a reproduction's things lie: its folder, its data, and who is asked what."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ibft.config import BUNDLED, Config
-from ibft.errors import ConfigError, DataError
-from ibft.experiment.jobs import write_whole
+from ibft.errors import DataError
 from ibft.load_config import load_config
 from ibft.reproduce.recipe import BASES, Recipe, overrides_of
 
 Tree = dict[str, Any]
-SETTINGS = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -74,31 +71,6 @@ class Place:
             "taught": scoring.taught,
             "geometry": recipe.geometry.model_dump(mode="json"),
         }  # fmt: skip
-
-
-def begin(out: Path, settings: Tree) -> None:
-    """Raises ConfigError: `out` is no folder of a reproduction, or of one with other settings."""
-    path = out / SETTINGS
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if there != settings:
-            changed = ", ".join(list(differences(there, settings))[:3])
-            raise ConfigError(f"{out} was begun with other settings ({changed}): name another folder with -o")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and holds no reproduction: name another folder with -o")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, settings)
-
-
-def differences(a: Tree, b: Tree, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the keys in which two trees differ."""
-    for key in dict.fromkeys([*a, *b]):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            yield from differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            yield f"{prefix}{key}"
 
 
 def gather(recipe: Recipe, out: Path, *, judge_jobs: int) -> Place:

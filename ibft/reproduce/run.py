@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ibft.console import Console
+from ibft.experiment.begin import begin
 from ibft.experiment.jobs import Job, run_jobs
-from ibft.reproduce.place import Place, begin, check, gather
+from ibft.reproduce.place import Place, check, gather
 from ibft.reproduce.recipe import ModelRecipe, Recipe, overrides_of
 from ibft.reproduce.work import ask_base, look_into_base, make_base, make_model
 
@@ -33,7 +34,8 @@ def run_reproduction(recipe: Recipe, out: Path, *, workers: int, threads: int | 
         ConfigError: `out` holds something else. IBFTError: whatever a job raises, with the job's name before it.
     """
     console = Console()
-    begin(out, {"recipe": recipe.model_dump(mode="json"), "threads": threads})
+    settings = {"recipe": recipe.model_dump(mode="json"), "threads": threads}
+    begin(out, settings, file="recipe.json", what="reproduction")
     place = gather(recipe, out, judge_jobs=max(1, (os.cpu_count() or 1) // workers))
     check(place)
     run = lambda jobs, what: run_jobs(jobs, workers=workers, threads=threads, console=console, what=what)  # noqa: E731

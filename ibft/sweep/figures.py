@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ibft.analysis.figures_scores import NotDrawn
+from ibft.analysis.figures_scores import NotDrawn, legend_below
 from ibft.evaluation.score_plots import GREY, LOOKS, figure, save
 from ibft.sweep.grid import BASELINE, short_keys
 from ibft.sweep.plan import VALIDATION
@@ -23,7 +23,7 @@ ENDINGS = (".png", ".svg")
 BLUE, RED, GREEN = (colour for colour, _ in LOOKS[:3])
 COLUMNS = 2  # panels side by side
 CELL = 0.34  # inches of a heat map's row
-MANY = 10  # the largest value over the smallest, from which an axis is logarithmic
+MANY = 10  # the largest value over the smallest, from which a scale is logarithmic
 INTERVAL = "95 % interval over tasks and seeds"
 
 
@@ -111,8 +111,7 @@ def draw_pareto(report: Report) -> Any:
     points = [[(percents(by_name[name], i) or NOTHING)[0] for i in (0, -1)] for name in report["front"]]
     axes.plot(*zip(*points, strict=True), color="black", linewidth=1, linestyle=":", label="front", zorder=1)
     axes.set(xlabel="Pass@1, %", ylabel=f"Pass@{k}({k}), %")
-    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
-    axes.legend(entries.values(), entries.keys(), loc="best")
+    legend_below(made, [axes])
     return made
 
 
@@ -148,7 +147,7 @@ def draw_line(report: Report, measure: Measure, grid: Mapping[str, Sequence[Any]
     if of_baseline := baseline_of(report, measure):
         axes.axhline(of_baseline[0], color=RED, linestyle="--", label=BASELINE)
         axes.legend()
-    if numeric and min(values) > 0 and max(values) / min(values) >= MANY:
+    if numeric and is_wide(values):
         axes.set_xscale("log")
     axes.set(xlabel=key, ylabel=measure.label)
     return made
@@ -156,17 +155,17 @@ def draw_line(report: Report, measure: Measure, grid: Mapping[str, Sequence[Any]
 
 def draw_heat(report: Report, measure: Measure, grid: Mapping[str, Sequence[Any]]) -> Any:
     """The first key downwards, the second across, a panel for each combination of the others."""
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LogNorm, Normalize
 
     (down, across, *others), shorts = grid, dict(zip(grid, short_keys(grid), strict=True))
     rows = {tuple(text(row["values"][key]) for key in grid): row for row in report["table"] if not row["baseline"]}
     found = [numbers[0] for row in rows.values() if (numbers := measure.of(row))]
-    scale = Normalize(min(found), max(found) if max(found) > min(found) else min(found) + 1)
+    scale = (LogNorm if is_wide(found) else Normalize)(min(found), max(found))
     panels = list(product(*(grid[key] for key in others)))
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     height = (CELL * len(grid[down]) + 0.75) * lines
-    subtitle = f"{about(report, measure)}; framed: chosen; *: stable"
+    subtitle = f"{about(report, measure)}; framed: chosen, *: stable"
     made, axes_of = figure(height, measure.label, subtitle, nrows=lines, ncols=columns, squeeze=False)
     for axes in axes_of.flat[len(panels) :]:
         axes.set_visible(False)
@@ -215,6 +214,11 @@ def about(report: Report, measure: Measure) -> str:
 
 def baseline_of(report: Report, measure: Measure) -> tuple[float, float, float] | None:
     return next((measure.of(row) for row in report["table"] if row["baseline"]), None)
+
+
+def is_wide(values: Sequence[float]) -> bool:
+    """Better seen on a logarithmic scale."""
+    return min(values) > 0 and max(values) / min(values) >= MANY
 
 
 def text(value: Any) -> str:

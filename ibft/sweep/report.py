@@ -154,12 +154,14 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def spread(found: Tree | None, digits: int) -> str:
-    """Mean [range] over seeds."""
+def spread(found: Tree | None, digits: int, *, ranged: bool = True) -> str:
+    """Mean, and range over seeds where there are several."""
     if found is None:
         return ""
     value = f"{found['value']:.{digits}f}"
-    return value if found["seeds"] == 1 else f"{value} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    return (
+        f"{value} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]" if ranged and found["seeds"] > 1 else value
+    )
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -168,15 +170,17 @@ def spread(found: Tree | None, digits: int) -> str:
 def table_of(report: Report) -> Table:
     """The baseline, then the best cells first."""
     ks = report["ks"] if VALIDATION in report["tasks"] else []
-    title = "mean and range over seeds" if not ks else (
-        f"{counted(len(report['tasks'][VALIDATION]), 'validation task')}, n {report['counts'][0]['n']}, "
-        "in % with 95 % interval over tasks and seeds; others: mean and range over seeds"
-    )  # fmt: skip
+    title = "mean over seeds; held-out CE with its range"
+    if ks:
+        tasks = counted(len(report["tasks"][VALIDATION]), "validation task")
+        title = f"{tasks}, n {report['counts'][0]['n']}, in % with 95 % interval over tasks and seeds; others: mean"
     names = ["", *(score_name((k, k)) for k in ks), "KL, nats", "held-out CE", ""]
     made = Table(*names, title=title, title_justify="left", box=SIMPLE)
+    made.columns[0].min_width = max(len(row["cell"]) for row in report["table"])
     for row in sorted(report["table"], key=place):
         scores = [percent(found) for found in row["scores"]] or [""] * len(ks)
-        made.add_row(row["cell"], *scores, spread(row["kl"], 2), spread(row["eval_ce"], 4), marks(report, row))
+        ce = spread(row["eval_ce"], 4, ranged=not ks)
+        made.add_row(row["cell"], *scores, spread(row["kl"], 2, ranged=False), ce, marks(report, row))
     return made
 
 

@@ -120,7 +120,9 @@ def write_all(report: Tree, out: Path, console: Console) -> None:
     except OSError as error:
         raise DataError(f"{out}: {error.strerror or error}") from error
     drawn = list(draw_figures(report, out / "figures"))
-    console.rich.print(table_of(report), width=None if console.rich.is_terminal else WIDE)
+    if not console.rich.is_terminal:
+        console.rich.width = WIDE
+    console.rich.print(table_of(report))
     for sentence in report["sentences"]:
         console.line(f"- {sentence}")
     for line in drawn:

@@ -108,7 +108,7 @@ def test_a_process_that_breaks_is_told_with_its_log(tmp_path, function, said):
     assert json.loads(json.dumps(run(noting(tmp_path, "other", 1))))[0]["number"] == 1  # the next is not hurt
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_they_end_with_their_parent(tmp_path, number):
     code = (
         "from pathlib import Path\nimport ibft.experiment.jobs as jobs\nfrom tests.experiment.test_jobs import *\n"

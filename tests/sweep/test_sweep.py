@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from ibft.cli import app
 from ibft.errors import NonFiniteError
 from ibft.sweep import work
+from ibft.sweep.plan import Asked, plan_sweep
+from ibft.sweep.run import here_of
 from ibft.tiny import task_file
 
 LEAST = ["train.max_steps=2", "train.logging_steps=1", "data.max_samples=40", "--grid", "ib.alpha=0.01,0.1",
@@ -171,7 +173,7 @@ def test_bad_input_is_refused_in_one_line(files, tmp_path, arguments, code, said
     named = {"VALIDATION": files / "validation.jsonl", "MOST": files / "most.json", "ROWS": task_file("train")}
     for name, path in named.items():
         arguments = [str(each).replace(name, str(path)) for each in arguments]
-    result = sweep(*arguments, "-o", tmp_path / "none")
+    result = sweep(*arguments, "--dry-run", "-o", tmp_path / "none")
     assert result.exit_code == code, result.output
     assert len(result.stderr.strip().splitlines()) == 1
     assert said in result.stderr
@@ -186,3 +188,12 @@ def test_a_loss_that_is_no_number_is_an_answer(monkeypatch, tmp_path):
     here = {"data": {}, "judge_jobs": 1, "problems": None}
     asked = {"config": {"ib": {"alpha": 1}}, "seed": 0, "tasks": None, "groups": None}
     assert work.run_cell(tmp_path, **asked, here=here) == {"diverged": "step 3: the loss is nan"}
+
+
+def test_runs_on_the_bundled_data_name_its_files(tmp_path):
+    """Under the bundled name `train` would ask the test tasks of every run."""
+    planned, _ = plan_sweep(None, [], ["ib.alpha=0.1"], "0", Asked(), tmp_path)
+    here = here_of(planned, planned.cells[0], "validation", 1)
+    assert here["problems"] == here["data"]["data.eval_path"] == str(task_file("validation"))
+    assert here["data"]["data.path"] == str(task_file("train"))
+    assert here_of(planned, planned.cells[0], "test", 1)["problems"] == str(task_file("test"))
