@@ -93,7 +93,9 @@ class RunDir:
         self.write_json("manifest.json", manifest)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        fresh = self.path / f".{name}.new"  # whoever finds the file finds all of it
+        fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(fresh, self.path / name)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl; on disk when this returns, so that a killed run keeps its curve."""

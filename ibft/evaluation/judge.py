@@ -141,9 +141,13 @@ def judge_file(
     heads = [head_of(judge, problems[sample.task_id], sample) for sample in samples]
     rows = kept_verdicts(heads, out)
     left = samples[len(rows) :]
+    known = {
+        (sample.task_id, sample.completion): Verdict(row["passed"], row["result"])
+        for sample, row in reversed([*zip(samples, rows, strict=False)])  # the first of several
+        if not sample.fault
+    }
     programs = dict.fromkeys((sample.task_id, sample.completion) for sample in left if not sample.fault)
-    verdicts = judge.all([(problems[task_id], completion) for task_id, completion in programs])
-    known: dict[tuple[str, str], Verdict] = {}
+    verdicts = judge.all([(problems[program[0]], program[1]) for program in programs if program not in known])
     with out.open("a", encoding="utf-8") as file:
         for sample, head in zip(left, heads[len(rows) :], strict=True):
             program = sample.task_id, sample.completion

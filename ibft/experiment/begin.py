@@ -28,7 +28,8 @@ def begin(out: Path, settings: Tree, *, file: str, what: str) -> None:
                 changed = ", ".join(list(differences(there, settings))[:3])
                 raise ConfigError(f"{out} was begun with other settings ({changed}): name another folder with -o")
             return
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        half_written = {f".{file}.new"}  # by one that was killed in here
+        if out.exists() and (not out.is_dir() or {each.name for each in out.iterdir()} - half_written):
             raise ConfigError(f"{out} exists and holds no {what}: name another folder with -o")
         out.mkdir(parents=True, exist_ok=True)
         write_whole(path, settings)

@@ -15,7 +15,7 @@ Out = Annotated[
     Path | None, typer.Option("-o", "--out", help="Folder; default reproductions/<recipe>.", show_default=False)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the steps, their time and memory.")]
-Jobs = Annotated[int | None, typer.Option(help="Models at once.", show_default=False)]
+Jobs = Annotated[int | None, typer.Option(help="Models at once; default one a core, on a GPU one.", show_default=False)]
 
 
 @app.command()
@@ -28,7 +28,7 @@ def tiny(
     debug: Debug = False,
 ) -> None:
     """On the bundled base and tasks, two CPU cores and no network: does a base that has memorised a quarter of the rows
-    face a barrier, and does IB-FT break it? Under an hour.
+    face a barrier, and does IB-FT break it? About an hour.
 
     Stopped, the same command goes on. A job has one thread, so that the numbers do not depend on how many run at once;
     --jobs defaults to one a core. key=value changes the recipe (seeds=[0,1], bases.steps=50) or training
@@ -39,7 +39,7 @@ def tiny(
     Exit codes: 0 done, 2 arguments, 3 data, 4 no sandbox or no figures here, 5 non-finite loss, 6 out of memory,
     130/143 interrupted.
     """
-    reproduce("tiny-quick" if quick else "tiny", overrides, out, jobs or os.cpu_count() or 1, 1, dry_run, debug)
+    reproduce("tiny-quick" if quick else "tiny", overrides, out, jobs, dry_run, debug)
 
 
 @app.command()
@@ -50,7 +50,7 @@ def origen(overrides: Overrides = None, out: Out = None, dry_run: DryRun = False
 
     Exit codes: as `reproduce tiny`.
     """
-    reproduce("origen", overrides, out, 1, None, dry_run, debug)
+    reproduce("origen", overrides, out, None, dry_run, debug)
 
 
 @app.command()
@@ -61,7 +61,7 @@ def evol(overrides: Overrides = None, out: Out = None, dry_run: DryRun = False, 
 
     Exit codes: as `reproduce tiny`.
     """
-    reproduce("evol", overrides, out, 1, None, dry_run, debug)
+    reproduce("evol", overrides, out, None, dry_run, debug)
 
 
 @app.command("from")
@@ -69,7 +69,7 @@ def from_recipe(
     recipe: Annotated[str, typer.Argument(help="A recipe file (.yaml), or the name of a shipped one: gsm8k, text.")],
     overrides: Overrides = None,
     out: Out = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
@@ -79,31 +79,29 @@ def from_recipe(
 
     Exit codes: as `reproduce tiny`.
     """
-    reproduce(recipe, overrides, out, jobs or 1, None, dry_run, debug)
+    reproduce(recipe, overrides, out, jobs, dry_run, debug)
 
 
 def reproduce(
-    recipe: str,
-    overrides: list[str] | None,
-    out: Path | None,
-    jobs: int,
-    threads: int | None,
-    dry_run: bool,
-    debug: bool,
+    recipe: str, overrides: list[str] | None, out: Path | None, jobs: int | None, dry_run: bool, debug: bool
 ) -> None:
     with one_line_errors(debug):
         from ibft.errors import ConfigError
         from ibft.reproduce.recipe import load_recipe
 
-        if jobs < 1:
+        if jobs is not None and jobs < 1:
             raise ConfigError(f"--jobs: got {jobs}, expected 1 or more")
         chosen = load_recipe(recipe, overrides or [])
         folder = out or Path("reproductions") / chosen.name
+        import torch
+
+        on_gpu = torch.cuda.is_available() and chosen.train.get("runtime.device") != "cpu"
+        workers, threads = jobs or (1 if on_gpu else os.cpu_count() or 1), None if on_gpu else 1
         if dry_run:
             from ibft.reproduce.steps import show_steps
 
-            show_steps(chosen, folder, workers=jobs)
+            show_steps(chosen, folder, workers=workers)
             return
         from ibft.reproduce.run import run_reproduction
 
-        run_reproduction(chosen, folder, workers=jobs, threads=threads)
+        run_reproduction(chosen, folder, workers=workers, threads=threads)

@@ -51,7 +51,7 @@ def write_page(report: Report, figures_folder: Path, path: Path) -> None:
         "scores": ("Scores", scores_section(report)),
         "training": ("Training", training_section(report)),
         "settings": ("Settings and versions", settings_section(report)),
-        "again": ("Make it again", again_section(report)),
+        "again": ("Make it again", again_section()),
     }
     links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, (heading, _) in sections.items())
     body = "".join(
@@ -165,12 +165,12 @@ def settings_section(report: Report) -> str:
     return "".join(parts)
 
 
-def again_section(report: Report) -> str:
-    name = escape(report["name"])
+def again_section() -> str:
     return (
-        f"<p>The run, with the settings above:</p><pre><code>ibft-fast reproduce {name} -o runs/{name}</code></pre>"
-        "<p>Figures and tables alone, from its report.json:</p>"
-        f"<pre><code>ibft-fast analyze figures runs/{name} -o figures</code></pre>"
+        "<p>With recipe.yaml, which lies beside this page and holds the settings above:</p>"
+        "<pre><code>ibft-fast reproduce from recipe.yaml -o again</code></pre>"
+        "<p>Figures and tables alone, from report.json:</p>"
+        "<pre><code>ibft-fast analyze figures report.json -o figures</code></pre>"
     )
 
 

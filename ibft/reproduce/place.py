@@ -8,7 +8,7 @@ from typing import Any
 from ibft.config import BUNDLED, Config
 from ibft.errors import DataError
 from ibft.load_config import load_config
-from ibft.reproduce.recipe import BASES, Recipe, overrides_of
+from ibft.reproduce.recipe import BASES, Recipe, folder_name, overrides_of
 
 Tree = dict[str, Any]
 
@@ -46,9 +46,7 @@ class Place:
 
     def folder(self, name: str, seed: int | None = None) -> Path:
         """Of a base or of a model: its name in letters that every file system takes."""
-        plain = "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
-        while "--" in plain:
-            plain = plain.replace("--", "-")
+        plain = folder_name(name)
         return self.out / "bases" / plain if seed is None else self.out / "models" / plain / f"seed-{seed}"
 
     def here(self, base: str) -> Tree:
@@ -108,17 +106,24 @@ def gather(recipe: Recipe, out: Path, *, judge_jobs: int) -> Place:
     return Place(recipe, out, config, data, held_out, problems, comparison, judge_jobs)
 
 
-def check(place: Place) -> None:
-    """What would else be found missing after hours of training.
+def check(recipe: Recipe) -> None:
+    """What would else be found missing after hours of training; nothing is written.
 
     Raises:
-        DataError, SetupError, ConfigError: problems that cannot be read, no sandbox, no simulator, no matplotlib.
+        DataError, SetupError, ConfigError: problems or comparison rows that cannot be read, no sandbox, no simulator,
+            no matplotlib.
     """
+    from ibft.data.sources import load_rows
     from ibft.evaluation.judge import make_judge
     from ibft.evaluation.score_plots import need_matplotlib
     from ibft.evaluation.suites import load_problems, suite_of
+    from ibft.tiny import task_file
 
     need_matplotlib("the figures")
-    for name, suite in place.recipe.suites.items():
-        load_problems(suite_of(suite.suite), place.problems[name])
+    for suite in recipe.suites.values():
+        path = str(task_file("test")) if suite.problems == BUNDLED else suite.problems
+        load_problems(suite_of(suite.suite), path)
         make_judge(suite_of(suite.suite), suite.rule)
+    for path in recipe.memorization.comparison.values():
+        if path != BUNDLED:
+            load_rows(path)

@@ -22,6 +22,8 @@ from ibft.load_config import load_config, read_yaml
 
 RECIPES = ("tiny", "tiny-quick", "origen", "evol", "gsm8k", "text")
 Tree = dict[str, Any]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+OURS = ("data", "fine-tuning data", "memorised", "rest")  # names of the fine-tuning rows in a report
 
 
 class TinyBases(Section):
@@ -76,7 +78,7 @@ class MemorizationRecipe(Section):
     taught: Literal["response", "whole"] = "response"
     """Tokens of the deciles' cross-entropy; plain texts are taught whole."""
     k: Annotated[float, Field(gt=0, le=100)] = 20
-    share: Annotated[float, Field(gt=0, lt=100)] = 10
+    share: Annotated[float, Field(gt=0, le=50)] = 10
     """Percent of the rows: most memorised, least memorised, random."""
     batch_tokens: PositiveInt = 8192
     comparison: dict[str, str] = Field(default_factory=dict)
@@ -93,7 +95,7 @@ class Recipe(Section):
     what: str
     measured: str | None = None
     """How long it took, and where."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     train: Tree
     """Settings of `ibft-fast train` that all models share, as section.key: value."""
     max_rows: PositiveInt | None = None
@@ -123,12 +125,21 @@ class Recipe(Section):
                 raise ValueError(f"models: {model.name} starts from {model.base!r}, expected {' or '.join(bases)}")
             if model.name in bases:
                 raise ValueError(f"models: {model.name} is the name of a base")
+        if len({folder_name(name) for name in names}) < len(names):
+            raise ValueError("models: two names differ in nothing but what a folder's name cannot hold")
+        if taken := set(self.memorization.comparison) & set(OURS):
+            raise ValueError(f"memorization.comparison: {taken.pop()!r} is the name of the fine-tuning rows")
         if unknown := set(self.scored) - set(names):
             raise ValueError(f"scored: no model is named {unknown.pop()!r}")
         return self
 
 
 BASES = ("base", "twin base", "perturbed base")
+
+
+def folder_name(name: str) -> str:
+    """In letters and digits that every file system takes."""
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in name.lower()).split())
 
 
 def load_recipe(name: str, overrides: list[str]) -> Recipe:

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ibft.console import Console
 from ibft.reproduce.place import Place
 
 Tree = dict[str, Any]
 KIND = "ibft-fast reproduction"
-REPORT, FIGURES, PAGE = "report.json", "figures", "report.html"
+REPORT, RECIPE, FIGURES, PAGE = "report.json", "recipe.yaml", "figures", "report.html"
 WHAT = {
     "base": "before fine-tuning",
     "twin base": "has read as much as the base, but no fine-tuning row",
@@ -104,7 +106,7 @@ def device_of(threads: int | None) -> str:
 
     from ibft.run import device_name
 
-    if torch.cuda.is_available():
+    if threads is None and torch.cuda.is_available():
         return device_name(torch.device("cuda"))
     return f"CPU ({threads or torch.get_num_threads()} threads a job)"
 
@@ -116,6 +118,8 @@ def write_all(report: Tree, out: Path, console: Console) -> None:
     from ibft.reproduce.page import write_page
 
     report["claims"] = make_claims(report)
+    recipe = {key: value for key, value in report["settings"].items() if value is not None}
+    (out / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (out / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     run_figures([str(out)], str(out / FIGURES))
     write_page(report, out / FIGURES, out / PAGE)

@@ -34,10 +34,10 @@ def run_reproduction(recipe: Recipe, out: Path, *, workers: int, threads: int | 
         ConfigError: `out` holds something else. IBFTError: whatever a job raises, with the job's name before it.
     """
     console = Console()
-    settings = {"recipe": recipe.model_dump(mode="json"), "threads": threads}
+    check(recipe)
+    settings = {"recipe": recipe.model_dump(mode="json", exclude={"what", "measured"}), "threads": threads}
     begin(out, settings, file="recipe.json", what="reproduction")
     place = gather(recipe, out, judge_jobs=max(1, (os.cpu_count() or 1) // workers))
-    check(place)
     run = lambda jobs, what: run_jobs(jobs, workers=workers, threads=threads, console=console, what=what)  # noqa: E731
     made = run([making(place, name) for name in place.bases[:2]], "bases") if recipe.bases else []
     if recipe.bases:

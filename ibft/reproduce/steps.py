@@ -136,7 +136,10 @@ def steps_of(recipe: Recipe, config: Config, known: Known | None) -> Iterator[St
 
 
 # where no file is here
-PROBLEMS = {"humaneval": 164, "mbpp": 500, "verilogeval-v1": 156, "verilogeval-v1-machine": 143, "gsm8k": 1319}
+PROBLEMS = {
+    "humaneval": 164, "humaneval-plus": 164, "mbpp": 500, "mbpp-plus": 378, "verilogeval-v1": 156,
+    "verilogeval-v1-machine": 143, "gsm8k": 1319,
+}  # fmt: skip
 
 
 def problems_of(suite: str, path: str | None, limit: int | None) -> int:
@@ -149,5 +152,5 @@ def problems_of(suite: str, path: str | None, limit: int | None) -> int:
 
         count = len(load_rows(path))
     else:
-        count = PROBLEMS["verilogeval-v1-machine" if path and "machine" in path.lower() else suite]
+        count = PROBLEMS.get("verilogeval-v1-machine" if path and "machine" in path.lower() else suite, 0)
     return min(count, limit or count)

@@ -314,3 +314,8 @@ def test_one_program_is_judged_once_for_each_problem(problems, tmp_path, monkeyp
     assert found == [
         ("t/1", 1, True), ("t/0", 2, False), ("t/1", 4, True), ("t/0", 5, True), ("t/1", 6, True), ("t/0", 7, False),
     ]  # fmt: skip
+    judged.clear()
+    out.write_text("".join(f"{line}\n" for line in out.read_text().splitlines()[:2]))  # stopped after two
+    assert judge(problems, "--samples", samples, "-o", out, "--jobs", 1).exit_code == 3
+    assert judged == [TASKS[1]["output"]]  # t/0's other program: all others have their verdict
+    assert [(row["task_id"], row["line"], row["passed"]) for row in rows_of(out)] == found

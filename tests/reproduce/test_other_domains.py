@@ -78,4 +78,12 @@ def test_what_is_missing_is_said_before_anything_is_trained(tmp_path, base):
     result = reproduce("from", "gsm8k", *arguments, "-o", tmp_path / "out")
     assert result.exit_code == 3
     assert "none.jsonl: no such file" in result.output
-    assert not (tmp_path / "out" / "bases").exists()
+    assert not (tmp_path / "out").exists()  # so that the command, put right, is not refused
+
+
+def test_a_missing_comparison_set_is_said_before_anything_is_trained(tmp_path):
+    arguments = ["-o", tmp_path / "out", "memorization.comparison={x: none.jsonl}"]
+    result = reproduce("tiny", "--quick", *arguments)
+    assert result.exit_code == 3
+    assert "none.jsonl: no such file" in result.output
+    assert not (tmp_path / "out").exists()

@@ -116,6 +116,17 @@ def test_another_reproduction_is_refused(made):
     assert "was begun with other settings (recipe.train.ib.alpha): name another folder with -o" in result.output
 
 
+def test_the_recipe_beside_the_report_makes_it_again(made):
+    report = report_of(made)
+    assert load_recipe(str(made / "recipe.yaml"), []).model_dump(mode="json") == report["settings"]
+
+
+def test_jobs_below_one_are_refused(tmp_path):
+    result = reproduce("tiny", "--jobs", 0, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--jobs: got 0, expected 1 or more" in result.output
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     result = reproduce("tiny", "--quick", "-o", tmp_path)
@@ -144,6 +155,10 @@ def test_every_recipe_is_whole(name):
         ("suites.tiny.n=0", "suites.tiny.n"),
         ("nothing", "expected key=value"),
         ("memorization.k=0", "memorization.k"),
+        ("memorization.share=60", "memorization.share"),
+        ("memorization.comparison={data: x.jsonl}", "'data' is the name of the fine-tuning rows"),
+        ("seeds=[-1]", "seeds.0"),
+        ('models=[{name: "FT, a", what: x}, {name: "FT; a", what: x}]', "nothing but what a folder's name cannot hold"),
         ("seeds={", "seeds={: '{' is no value"),
         ("name.x=1", "name.x: "),
     ],
