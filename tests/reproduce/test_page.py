@@ -127,8 +127,8 @@ def test_training_settings_and_how_to_make_it_again(whole):
         "0123456789abcdef",
         "torch2.13.0",
         "CPU (1 threads)",
-        "ibft-fast reproduce tiny -o runs/tiny",
-        "ibft-fast analyze figures runs/tiny -o figures",
+        "ibft-fast reproduce from recipe.yaml -o again",
+        "ibft-fast analyze figures report.json -o figures",
         "data.drop_ids=most.json",
     ):
         assert text in page.text, text
