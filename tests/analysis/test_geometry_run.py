@@ -351,8 +351,8 @@ def test_a_report_that_cannot_be_written_is_refused_first(files, tmp_path, monke
 
 def test_a_malformed_row_is_named_by_its_id(files, tmp_path):
     data = tmp_path / "rows.json"
-    data.write_text(json.dumps([*ROWS[:3], {"text": "x"}, *ROWS[4:]]))
-    with pytest.raises(DataError, match=r"rows\.json, id 3: a row has the keys text; expected instruction"):
+    data.write_text(json.dumps([*ROWS[:3], {"query": "x"}, *ROWS[4:]]))
+    with pytest.raises(DataError, match=r"rows\.json, id 3: a row has the keys query; expected instruction"):
         run({**files, "data": str(data)}, tmp_path)
 
 
