@@ -27,6 +27,12 @@ settings.register_profile("soak", max_examples=500, **_common)
 settings.load_profile("default")
 
 
+@pytest.fixture(scope="session")
+def soaking(request) -> bool:
+    """Under `make soak`: all of them instead of a few."""
+    return request.config.getoption("--hypothesis-profile") == "soak"
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """`make test` has two processes. A file of tests stays in one of them, and all files that start sandboxes stay

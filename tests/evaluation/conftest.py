@@ -25,12 +25,6 @@ def shared_data():
 
 
 @pytest.fixture(scope="session")
-def soaking(request) -> bool:
-    """Under `make soak`: all of them instead of a few."""
-    return request.config.getoption("--hypothesis-profile") == "soak"
-
-
-@pytest.fixture(scope="session")
 def human_eval(shared_data) -> str:
     return shared_data("HumanEval.jsonl.gz")
 

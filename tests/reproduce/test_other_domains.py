@@ -24,7 +24,9 @@ def write(path, rows):
     return path
 
 
-def test_plain_text(tmp_path, base):
+def test_plain_text(tmp_path, base, soaking):
+    if not soaking:
+        pytest.skip("half a minute: make soak")
     rows = [{"text": f"line {i} of a text\n" * 3} for i in range(12)]
     data = write(tmp_path / "text.jsonl", rows)
     result = reproduce_apart("from", "text", *LEAST, base, f"data.path={data}", "-o", tmp_path / "out")
@@ -35,7 +37,9 @@ def test_plain_text(tmp_path, base):
     assert [row["step"] for row in report["deciles"] if row["model"] == "IB-FT"] == [1, 2]
 
 
-def test_mathematics_from_a_copied_recipe(tmp_path, base):
+def test_mathematics_from_a_copied_recipe(tmp_path, base, soaking):
+    if not soaking:
+        pytest.skip("half a minute: make soak")
     rows = [{"question": f"What is {i} plus {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(12)]
     data = write(tmp_path / "train.jsonl", rows)
     problems = write(tmp_path / "test.jsonl", rows[:3])

@@ -86,7 +86,10 @@ def test_the_dropped_rows_are_the_most_memorised(made):
     assert manifests[0] != manifests[1]
 
 
-def test_again_the_same_bytes(made, tmp_path):
+def test_again_the_same_bytes(made, tmp_path, soaking):
+    """All of it; a part of it `test_stopped_it_goes_on` makes again."""
+    if not soaking:
+        pytest.skip("a minute and more: make soak")
     out = tmp_path / "second"
     assert reproduce_apart("tiny", "--quick", "-o", out, "--jobs", 1, *LEAST).returncode == 0
     assert (out / "report.json").read_bytes() == (made / "report.json").read_bytes()
