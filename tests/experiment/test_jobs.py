@@ -113,6 +113,7 @@ def test_they_end_with_their_parent(tmp_path, number):
     code = (
         "from pathlib import Path\nimport ibft.experiment.jobs as jobs\nfrom tests.experiment.test_jobs import *\n"
         "jobs.PRELOADED = []\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         f"run(Job('long', Path({str(tmp_path)!r}) / 'job', wait_long, {{}}))"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
