@@ -4,7 +4,7 @@ Each is written as PNG and as SVG; the bytes depend on the report and on matplot
 those of the paper (arXiv 2510.16022), with our axes where it leaves them open; fig7 and fig8 are ours.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,26 @@ FIGURES = (
 
 
 def draw_figures(report: Report, folder: Path) -> Iterator[str]:
-    """A line for each says where it is, or why it is not drawn; what an earlier run left of the latter is removed.
+    """All of FIGURES; see `draw_each`."""
+    return draw_each({figure.name: figure.draw for figure in FIGURES}, report, folder)
+
+
+def draw_each(draws: Mapping[str, Callable[[Report], Any]], report: Report, folder: Path) -> Iterator[str]:
+    """A line for each says where it is, or why it is not drawn; what an earlier call left of the latter is removed.
+
+    Args:
+        draws: by name; each raises NotDrawn where the report has not the rows.
 
     Raises:
         DataError: the folder cannot be written.
     """
-    for figure in FIGURES:
-        paths = [folder / f"{figure.name}{ending}" for ending in ENDINGS]
+    for name, draw in draws.items():
+        paths = [folder / f"{name}{ending}" for ending in ENDINGS]
         try:
-            save(figure.draw, report, *paths)
+            save(draw, report, *paths)
         except NotDrawn as why:
             for path in paths:
                 path.unlink(missing_ok=True)
-            yield f"{figure.name} is not drawn: {why}"
+            yield f"{name} is not drawn: {why}"
         else:
             yield f"figure: {paths[0]}, {ENDINGS[1]}"

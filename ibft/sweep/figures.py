@@ -13,13 +13,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ibft.analysis.figures import draw_each
 from ibft.analysis.figures_scores import NotDrawn, legend_below
-from ibft.evaluation.score_plots import GREY, LOOKS, figure, save
+from ibft.evaluation.score_plots import GREY, LOOKS, figure
 from ibft.sweep.grid import BASELINE, short_keys
 from ibft.sweep.plan import VALIDATION
 
 Report = Mapping[str, Any]
-ENDINGS = (".png", ".svg")
 BLUE, RED, GREEN = (colour for colour, _ in LOOKS[:3])
 COLUMNS = 2  # panels side by side
 CELL = 0.34  # inches of a heat map's row
@@ -67,23 +67,10 @@ def nats(name: str) -> Callable[[Report], tuple[float, float, float] | None]:
 
 
 def draw_figures(report: Report, folder: Path) -> Iterator[str]:
-    """A line for each says where it is, or why it is not drawn; what an earlier call left of the latter is removed.
-
-    Raises:
-        DataError: the folder cannot be written.
-    """
+    """See `draw_each`."""
     draws: dict[str, Callable[[Report], Any]] = {"pareto": draw_pareto}
     draws |= {measure.file: partial(draw_grid, measure=measure) for measure in measures_of(report)}
-    for name, draw in draws.items():
-        paths = [folder / f"{name}{ending}" for ending in ENDINGS]
-        try:
-            save(draw, report, *paths)
-        except NotDrawn as why:
-            for path in paths:
-                path.unlink(missing_ok=True)
-            yield f"{name} is not drawn: {why}"
-        else:
-            yield f"figure: {paths[0]}, {ENDINGS[1]}"
+    return draw_each(draws, report, folder)
 
 
 def draw_pareto(report: Report) -> Any:
