@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ibft.config import NonNegative, PositiveInt, Section
+from ibft.config import Config, NonNegative, PositiveInt, Section
 from ibft.errors import ConfigError
 from ibft.load_config import load_config, read_yaml
 
@@ -174,9 +174,28 @@ def load_recipe(name: str, overrides: list[str]) -> Recipe:
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {reason}" if where else reason) from error
+    shared, _ = load_config(None, overrides_of(recipe.train))
     for model in recipe.models:  # each is refused before the first is trained
-        load_config(None, overrides_of({**recipe.train, **model.changes}))
+        config, _ = load_config(None, overrides_of({**recipe.train, **model.changes}))
+        check_asked_as_trained(model.name, config, shared)
     return recipe
+
+
+NOT_HANDED_ON = ("model.revision", "data.split", "data.keep_ids", "data.drop_ids", "data.max_samples")
+SHARED = ("model.name_or_path", "model.quantization", "data.path", "data.eval_path", "data.max_length")
+
+
+def check_asked_as_trained(name: str, config: Config, shared: Config) -> None:
+    """Raises ConfigError for what training would obey and the questions to bases and models would not."""
+    for keys, others, why in (
+        (NOT_HANDED_ON, Config(), "a reproduction asks of all rows of the data's train split, and of no revision"),
+        (SHARED, shared, "all models of a reproduction share it"),
+    ):
+        for key in keys:
+            section, field = key.split(".")
+            value, expected = (getattr(getattr(each, section), field) for each in (config, others))
+            if value != expected:
+                raise ConfigError(f"{name}: {key}: got {value!r}, expected {expected!r}: {why}")
 
 
 def is_training(key: str) -> bool:

@@ -159,6 +159,12 @@ def test_every_recipe_is_whole(name):
         ("nothing", "expected key=value"),
         ("memorization.k=0", "memorization.k"),
         ("memorization.share=60", "memorization.share"),
+        ("data.max_samples=100", "FT: data.max_samples: got 100, expected None: a reproduction asks of all rows"),
+        ("data.split=test", "FT: data.split: got 'test', expected 'train'"),
+        (
+            "models=[{name: FT, what: x, changes: {model.quantization: none}}, {name: IB-FT, what: x}]",
+            "FT: model.quantization: got 'none', expected 'nf4': all models of a reproduction share it",
+        ),
         ("memorization.comparison={data: x.jsonl}", "'data' is the name of the fine-tuning rows"),
         ("seeds=[-1]", "seeds.0"),
         ('models=[{name: "FT, a", what: x}, {name: "FT; a", what: x}]', "nothing but what a folder's name cannot hold"),
