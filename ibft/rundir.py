@@ -153,14 +153,15 @@ def _version(package: str) -> str | None:
 
 
 def commit_of_source() -> str | None:
-    """The commit of the source tree that is running, if it is one."""
+    """The commit of the source tree that is running, if it is one; then "-dirty" where the code is not that one's."""
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():
         return None
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=False
+        commit, changed = (
+            subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10, check=False).stdout
+            for args in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "ibft", "kernels"))
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return f"{commit.strip()}{'-dirty' if changed.strip() else ''}" if commit.strip() else None

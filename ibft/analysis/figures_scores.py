@@ -24,6 +24,7 @@ from ibft.reproduce.over_seeds import (
 from ibft.reproduce.sentences import quoted
 
 Look = dict[str, Any]
+Temperatures = Mapping[str, float | None]  # of each suite
 FIXED = {"base": LOOKS[5], "FT": LOOKS[1], "IB-FT": LOOKS[0]}
 INTERVAL = "95 % interval over problems and seeds"
 BANDS = ("FT", "IB-FT")  # ten bands on each other show nothing
@@ -50,13 +51,17 @@ def look_of(report: Report) -> dict[str, Look]:
     return looks
 
 
+def main_temperatures(report: Report) -> Temperatures:
+    return {suite: main_temperature(report, suite) for suite in report["suites"]}
+
+
 def measured(
-    report: Report, models: Sequence[str], temperature: float | None, *, least: int = 1
+    report: Report, models: Sequence[str], temperatures: Temperatures, *, least: int = 1
 ) -> dict[str, dict[str, Passes]]:
     """suite -> model -> what was counted. Raises NotDrawn where no suite has so many of the models."""
     found = {
         suite: {name: passes for name in models if (passes := passes_of(report, name, suite, temperature))}
-        for suite in report["suites"]
+        for suite, temperature in temperatures.items()
     }
     found = {suite: by_model for suite, by_model in found.items() if len(by_model) >= least}
     if not found:
@@ -87,12 +92,13 @@ def suite_panels(found: Mapping[str, Any], height: float, title: str, subtitle: 
     return made, panels
 
 
-def about(report: Report, found: Mapping[str, Mapping[str, Passes]], temperature: float | None, *more: str) -> str:
+def about(report: Report, found: Mapping[str, Mapping[str, Passes]], temperatures: Temperatures, *more: str) -> str:
     """What is fixed in a figure, in one line."""
     problems = {suite: len(report["suites"][suite]["tasks"]) for suite in found}
     parts = [", ".join(f"{suite} ({count} problems)" for suite, count in problems.items())]
-    if temperature is not None:
-        parts.append(f"temperature {temperature:g}")
+    at = dict.fromkeys(f"{t:g}" for suite in found if (t := temperatures[suite]) is not None)
+    if at:
+        parts.append(f"temperature {', '.join(at)}")
     return "; ".join([*parts, *more])
 
 
@@ -110,11 +116,11 @@ def names_of(report: Report) -> list[str]:
 
 
 def draw_scatter(report: Report) -> Any:
-    temperature = main_temperature(report)
-    found = measured(report, names_of(report), temperature)
+    temperatures = main_temperatures(report)
+    found = measured(report, names_of(report), temperatures)
     k = largest_k(found)
     looks = look_of(report)
-    subtitle = about(report, found, temperature, f"{INTERVAL}; arrow: FT → IB-FT")
+    subtitle = about(report, found, temperatures, f"{INTERVAL}; arrow: FT → IB-FT")
     made, panels = suite_panels(found, 4.6, f"Solved in every one of {k} samples, over solved in one", subtitle)
     for suite, axes in panels.items():
         draw_published(axes, suite, k)
@@ -153,11 +159,11 @@ def reach(scored: Scored) -> list[list[float]] | None:
 
 
 def draw_all_models(report: Report) -> Any:
-    temperature = main_temperature(report)
-    found = measured(report, names_of(report), temperature)
+    temperatures = main_temperatures(report)
+    found = measured(report, names_of(report), temperatures)
     k = largest_k(found)
     bands = f"{INTERVAL} of {' and '.join(BANDS)}, as band; the others': table.csv"
-    subtitle = about(report, found, temperature, bands)
+    subtitle = about(report, found, temperatures, bands)
     looks = look_of(report)
     made, panels = suite_panels(found, 4.4, f"At least m of {k} samples pass", subtitle)
     for suite, axes in panels.items():
@@ -173,7 +179,9 @@ def draw_temperatures(report: Report) -> Any:
     by_temperature = {}
     for temperature in temperatures:
         try:
-            by_temperature[temperature] = measured(report, ["FT", "IB-FT"], temperature)
+            by_temperature[temperature] = measured(
+                report, ["FT", "IB-FT"], dict.fromkeys(report["suites"], temperature)
+            )
         except NotDrawn:
             continue
     if not by_temperature:
@@ -237,11 +245,11 @@ def draw_starts(report: Report) -> Any:
 
 def draw_bars(report: Report, models: Sequence[str], title: str, ours: str) -> Any:
     """Pass@1 and Pass@k(k), a bar a model."""
-    temperature = main_temperature(report)
-    found = measured(report, models, temperature, least=2)
+    temperatures = main_temperatures(report)
+    found = measured(report, models, temperatures, least=2)
     absent = [name for name in models if not any(name in by_model for by_model in found.values())]
     subtitle = about(
-        report, found, temperature, f"{INTERVAL}; a dot a seed; {ours}",
+        report, found, temperatures, f"{INTERVAL}; a dot a seed; {ours}",
         *([f"not measured: {', '.join(absent)}"] if absent else []),
     )  # fmt: skip
     looks = look_of(report)

@@ -1,5 +1,6 @@
 """The folder of an experiment belongs to one set of settings, which lie in it: the same go on, others are refused."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,18 +8,20 @@ from typing import Any
 
 from ibft.errors import ConfigError, DataError
 from ibft.experiment.jobs import write_whole
+from ibft.lock import LOCK, hold
 
 Tree = dict[str, Any]
 
 
 def begin(out: Path, settings: Tree, *, file: str, what: str) -> None:
-    """Makes the folder, or finds that it is of these settings.
+    """Makes the folder, or finds that it is of these settings; holds its lock from then on.
 
     Args:
         settings: JSON. file: of them, in the folder. what: the experiment, for people.
 
     Raises:
-        ConfigError: `out` is the folder of something else, or of other settings. DataError: it cannot be written.
+        ConfigError: `out` is the folder of something else, of other settings, or in use.
+        DataError: it cannot be written.
     """
     path = out / file
     try:
@@ -27,11 +30,13 @@ def begin(out: Path, settings: Tree, *, file: str, what: str) -> None:
             if there != settings:
                 changed = ", ".join(list(differences(there, settings))[:3])
                 raise ConfigError(f"{out} was begun with other settings ({changed}): name another folder with -o")
+            hold(out)
             return
-        half_written = {f".{file}.new"}  # by one that was killed in here
+        half_written = {f".{file}.new", LOCK}  # by one that was killed in here
         if out.exists() and (not out.is_dir() or {each.name for each in out.iterdir()} - half_written):
             raise ConfigError(f"{out} exists and holds no {what}: name another folder with -o")
         out.mkdir(parents=True, exist_ok=True)
+        hold(out)
         write_whole(path, settings)
     except OSError as error:
         raise DataError(f"{out}: {error.strerror or error}") from error
@@ -55,3 +60,11 @@ def differences(a: Tree, b: Tree, prefix: str = "") -> Iterator[str]:
             yield from differences(left, right, f"{prefix}{key}.")
         elif left != right:
             yield f"{prefix}{key}"
+
+
+def hash_file(path: str | None) -> str | None:
+    """sha256 of its content; None of what is no file here."""
+    try:
+        return None if path is None else hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError:
+        return None

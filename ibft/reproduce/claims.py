@@ -13,7 +13,7 @@ next            over-compression or too little of it, and the setting to change
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,11 +21,18 @@ from ibft.reproduce.over_seeds import (
     Report,
     Seed,
     differences,
-    main_temperature,
     mean_over_seeds,
-    temperatures_of,
 )
-from ibft.reproduce.sentences import SIGNS, Claim, make_claim, quoted, range_claim, score_claims, unmeasured
+from ibft.reproduce.sentences import (
+    SIGNS,
+    Claim,
+    judged,
+    make_claim,
+    quoted,
+    range_claim,
+    score_claims,
+    unmeasured,
+)
 from ibft.reproduce.separation import datasets_of, k_of, scores_on, separate
 
 BARRIER, TUNED, CONTROLS = "barrier", "IB-FT", "controls"
@@ -40,26 +47,24 @@ TOPICS = {
     NEXT: "What to change next",
 }
 TOLD = (("memorised", "unseen"), ("memorised", "rest"), ("rest", "unseen"))
-PAIRS = (("FT", "base"), ("IB-FT", "base"), ("IB-FT", "FT"))
+PAIRS = (("base", "twin base"), ("FT", "base"), ("IB-FT", "base"), ("IB-FT", "FT"))
 Distance = tuple[str, str | None, int, tuple[str | None, ...]]
-DISTANCES: dict[str, Distance] = {  # metric -> its name, unit, digits, and what is expected of the three PAIRS
-    "l2_normalised": ("L2 / norm", None, 3, ("higher", "lower", "lower")),
-    "angle_centred": ("centred angle", "degrees", 1, (None, None, None)),
+DISTANCES: dict[str, Distance] = {  # metric -> its name, unit, digits, and what is expected of the PAIRS
+    "l2_normalised": ("L2 / norm", None, 3, ("higher", "higher", "lower", "lower")),
+    "angle_centred": ("centred angle", "degrees", 1, (None, None, None, None)),
 }
 
 
 def make_claims(report: Report) -> list[Claim]:
     """In the order of TOPICS."""
-    main = main_temperature(report)
-    temperatures = [main, *(temperature for temperature in temperatures_of(report) if temperature != main)]
     return [
         *barrier_claims(report),
-        *(claim for t in temperatures for claim in score_claims(report, TUNED, "IB-FT", "FT", t, "higher")),
+        *score_claims(report, TUNED, "IB-FT", "FT", "higher", all_temperatures=True),
         *control_claims(report),
         *evenness_claims(report),
         *distance_claims(report),
         *start_claims(report),
-        *next_claims(report, main),
+        *next_claims(report),
     ]
 
 
@@ -74,7 +79,7 @@ def barrier_claims(report: Report) -> list[Claim]:
     if not memorised:
         memorised = [unmeasured(BARRIER, "What the base has memorised", "no Min-K% scores of two groups of rows")]
     if twin := started_from(report, "FT", "twin"):
-        solved = score_claims(report, BARRIER, "FT", twin, main_temperature(report), "lower")
+        solved = score_claims(report, BARRIER, "FT", twin, "lower")
     else:
         solved = [unmeasured(BARRIER, "FT minus FT from a twin that has memorised nothing", "no such model")]
     of_base = [claim for claim in memorised if claim.get("models") in (None, ["base"])]
@@ -143,8 +148,8 @@ def barrier_claim(memorised: Sequence[Claim], solved: Sequence[Claim]) -> Claim:
 
 
 def control_claims(report: Report) -> list[Claim]:
-    """Each variant from the same base minus IB-FT; less data minus all of it, and without the most memorised rows minus
-    without random ones."""
+    """Each variant from the same base minus IB-FT and minus FT; without the most memorised rows minus without random
+    ones."""
     base = next((model["base"] for model in report["models"] if model["name"] == "FT"), None)
     variants = [
         model["name"]
@@ -152,21 +157,16 @@ def control_claims(report: Report) -> list[Claim]:
         if base and model["base"] == base and model["name"] not in ("FT", "IB-FT") and " from " not in model["name"]
     ]
     dropped = [name for name in variants if name.endswith("dropped")]
-    pairs = [(name, "IB-FT") for name in variants] + [(name, "FT") for name in dropped]
+    pairs = [(name, "IB-FT") for name in variants] + [(name, "FT") for name in variants]
     pairs += [(a, b) if "top" in a else (b, a) for a, b in combinations(dropped, 2)]
-    return [claim for a, b in pairs for claim in score_claims(report, CONTROLS, a, b, main_temperature(report))]
+    return [claim for a, b in pairs for claim in score_claims(report, CONTROLS, a, b)]
 
 
 def start_claims(report: Report) -> list[Claim]:
     """FT against FT from the twin is a claim about the barrier."""
     perturbed, twin = started_from(report, "FT", "perturbed"), started_from(report, "FT", "twin")
     pairs = [(perturbed, "FT"), ("IB-FT", twin), (started_from(report, "IB-FT", "twin"), twin)]
-    claims = [
-        claim
-        for ours, theirs in pairs
-        if ours and theirs
-        for claim in score_claims(report, START, ours, theirs, main_temperature(report))
-    ]
+    claims = [claim for ours, theirs in pairs if ours and theirs for claim in score_claims(report, START, ours, theirs)]
     for start, model in (("perturbed weights", perturbed), ("a twin that has memorised nothing", twin)):
         if model is None:
             claims.append(unmeasured(START, f"FT from {start}", "no such model"))
@@ -183,30 +183,65 @@ def started_from(report: Report, tuning: str, start: str) -> str | None:
 
 
 def evenness_claims(report: Report) -> list[Claim]:
-    """IB-FT minus FT on the spread (standard deviation) of the ten deciles' CE."""
+    """IB-FT minus FT on the spread (standard deviation) of the ten deciles' CE, in nats and as a share of their mean.
+
+    The first grows with the loss itself, the second as it falls: rows are fitted more (less) evenly where both say so.
+    """
     runs = {model: spreads_of(report, model) for model in ("FT", "IB-FT")}
     if missing := [model for model, spreads in runs.items() if not spreads]:
         return [unmeasured(EVEN, "The spread of CE over the deciles", f"no deciles of {' and '.join(missing)}")]
     claims = []
-    for i, when in enumerate(("at the end of training", "as a mean over training")):
-        of = {model: {seed: pair[i] for seed, pair in spreads.items()} for model, spreads in runs.items()}
-        what = f"IB-FT minus FT on the spread of CE over ten deciles of memorisation, {when}"
-        each = f"{means(of, 'nats', 4)}; lower is more even"
-        claims.append(range_claim(EVEN, what, differences(of["IB-FT"], of["FT"]), "nats", 4, each))
+    for when, name in (("at the end of training", "last"), ("as a mean over training", "mean")):
+        both = []
+        for unit, digits, words in (("nats", 4, ""), ("of the mean", 3, " as a share of their mean")):
+            of = {
+                model: {seed: getattr(spread, name)[unit == "of the mean"] for seed, spread in spreads.items()}
+                for model, spreads in runs.items()
+            }
+            what = f"IB-FT minus FT on the spread of CE over ten deciles of memorisation{words}, {when}"
+            each = f"{means(of, unit, digits)}; lower is more even"
+            both.append(range_claim(EVEN, what, differences(of["IB-FT"], of["FT"]), unit, digits, each))
+        claims += [even_claim(both, when), *both]
     return claims
 
 
-def spreads_of(report: Report, model: str) -> dict[Seed, tuple[float, float]]:
-    """Of each seed: at its last step, and the mean over its steps, by straight lines between those measured."""
-    by_seed: dict[Seed, list[tuple[int, float]]] = {}
+def even_claim(both: Sequence[Claim], when: str) -> Claim:
+    """What the two measures say together."""
+    verdicts = {claim["verdict"] for claim in both}
+    found = {"lower": "more even", "higher": "less even"}.get(verdicts.pop() if len(verdicts) == 1 else "")
+    if found:
+        text = f"IB-FT fits the deciles {'more' if found == 'more even' else 'less'} evenly than FT {when}"
+    else:
+        said = " and ".join(
+            f"{claim['verdict']} {where}" for claim, where in zip(both, ("in nats", "as a share"), strict=True)
+        )
+        text = f"Whether IB-FT fits the deciles more evenly than FT {when} is not shown: the spread is {said}"
+    verdict = found or "not shown"
+    return make_claim(EVEN, f"{text}: {judged(verdict, 'more even')}", verdict, expected="more even")
+
+
+class Spreads(NamedTuple):
+    """(standard deviation in nats, the same over the mean) of the deciles' CE: at a run's last step, and its mean over
+    the steps, by straight lines between those measured."""
+
+    last: tuple[float, float]
+    mean: tuple[float, float]
+
+
+def spreads_of(report: Report, model: str) -> dict[Seed, Spreads]:
+    """Of each seed."""
+    by_seed: dict[Seed, list[tuple[int, float, float]]] = {}
     for row in decile_rows(report, model):
         if None not in row["ce"]:
-            by_seed.setdefault(row["seed"], []).append((row["step"], float(np.std(row["ce"]))))
+            deviation, mean = float(np.std(row["ce"])), float(np.mean(row["ce"]))
+            by_seed.setdefault(row["seed"], []).append((row["step"], deviation, deviation / mean if mean else 0.0))
     found = {}
     for seed, rows in by_seed.items():
-        steps, spreads = zip(*sorted(rows), strict=True)
+        steps, *kinds = zip(*sorted(rows), strict=True)
         length = steps[-1] - steps[0]
-        found[seed] = spreads[-1], float(np.trapezoid(spreads, steps)) / length if length else spreads[-1]
+        last = kinds[0][-1], kinds[1][-1]
+        over = tuple(float(np.trapezoid(kind, steps)) / length for kind in kinds) if length else last
+        found[seed] = Spreads(last, (over[0], over[1]))
     return found
 
 
@@ -222,15 +257,20 @@ def decile_rows(report: Report, model: str) -> list[Mapping[str, Any]]:
 
 
 def distance_claims(report: Report) -> list[Claim]:
-    """FT and IB-FT minus the base, and IB-FT minus FT, at each layer."""
+    """The base minus its twin, FT and IB-FT minus the base, and IB-FT minus FT, at each layer. What the twin has of a
+    distance is of the rows themselves: it has memorised neither group."""
     layers = sorted({row["layer"] for row in report["geometry"]})
     if not layers:
         return [unmeasured(APART, "The distance between the most and the least memorised rows", "no hidden states")]
+    models = [name for pair in PAIRS for name in pair]
+    there = {row["model"] for row in report["geometry"]} | {"base", "FT", "IB-FT"}
     claims = []
     for metric, (name, unit, digits, expected) in DISTANCES.items():
         for layer in layers:
-            of = {model: estimates_of(report, model, layer, metric) for model in ("base", "FT", "IB-FT")}
+            of = {model: estimates_of(report, model, layer, metric) for model in models}
             for (ours, theirs), wanted in zip(PAIRS, expected, strict=True):
+                if theirs not in there:
+                    continue
                 what = f"{ours} minus {theirs} on the {name} of the most and the least memorised rows, layer {layer}"
                 each = means({model: of[model] for model in (theirs, ours)}, unit, digits)
                 by_seed = differences(of[ours], of[theirs])
@@ -253,14 +293,14 @@ def means(of: Mapping[str, Mapping[Seed, float | None]], unit: str | None, digit
 LESS, MORE = "lower ib.alpha or raise ib.beta", "raise ib.alpha or lower ib.beta"
 
 
-def next_claims(report: Report, temperature: float | None) -> list[Claim]:
+def next_claims(report: Report) -> list[Claim]:
     """On every suite, from IB-FT against plain fine-tuning where all of k samples must pass, and against its base."""
     found = []
     for suite in report["suites"]:
         against = {
             name: [
                 claim
-                for claim in score_claims(report, NEXT, "IB-FT", name, temperature)
+                for claim in score_claims(report, NEXT, "IB-FT", name)
                 if claim["verdict"] != "unmeasured" and claim["suite"] == suite
             ]
             for name in ("FT", "base")
@@ -269,6 +309,11 @@ def next_claims(report: Report, temperature: float | None) -> list[Claim]:
             found.append(unmeasured(NEXT, f"Whether to compress more or less on {suite}", "no samples of IB-FT and FT"))
             continue
         tuned, score = against["FT"][-1], against["FT"][-1]["score"]
+        if tuned["seeds"] == 1:
+            found.append(
+                unmeasured(NEXT, f"Whether to compress more or less on {suite}", "one seed tells nothing apart")
+            )
+            continue
         if tuned["verdict"] == "lower":
             what, verdict = f"fewer than FT: over-compression does that; {LESS}", "compress less"
         elif against["base"] and against["base"][0]["verdict"] == "lower":

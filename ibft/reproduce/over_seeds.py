@@ -90,19 +90,26 @@ def passes_of(report: Report, model: str, suite: str, temperature: float | None)
     return Passes(tuple(row["seed"] for row in rows), tuple((row["n"], tuple(row["passed"])) for row in rows))
 
 
-def temperatures_of(report: Report) -> list[float | None]:
-    """Ascending; that of rows without one first."""
-    found = {row["temperature"] for row in report["counts"]}
+def temperatures_of(report: Report, suite: str | None = None) -> list[float | None]:
+    """Of a suite, or of all. Ascending; that of rows without one first."""
+    found = {row["temperature"] for row in report["counts"] if suite in (None, row["suite"])}
     return sorted(found, key=lambda temperature: -1 if temperature is None else temperature)
 
 
-def main_temperature(report: Report) -> float | None:
-    """At which most models were measured; the lowest of several."""
+def main_temperature(report: Report, suite: str) -> float | None:
+    """The recipe's; of a report that does not say it that at which most models were measured, the lowest of several."""
+    said = report.get("settings", {}).get("suites", {}).get(suite, {}).get("temperature")
+    if isinstance(said, int | float):
+        return float(said)
     models = {
-        temperature: len({row["model"] for row in report["counts"] if row["temperature"] == temperature})
-        for temperature in temperatures_of(report)
+        temperature: len({row["model"] for row in rows_of(report, suite) if row["temperature"] == temperature})
+        for temperature in temperatures_of(report, suite)
     }
     return max(models, key=models.__getitem__, default=None)
+
+
+def rows_of(report: Report, suite: str) -> list[Mapping[str, Any]]:
+    return [row for row in report["counts"] if row["suite"] == suite]
 
 
 def ks_of(n: int) -> list[int]:

@@ -29,10 +29,14 @@ TRAINING = {
 }  # fmt: skip
 READING = (
     "An interval is a 95 % interval over problems and training seeds, of an AUC over rows; a range is that over seeds. "
-    "Three seeds can show that a difference is no single seed's doing. Where seeds make most of the spread, an "
-    "interval of three misses the truth 1 time in 4, so one that barely leaves out 0 does not stand. Each is taken "
-    "alone: of twenty comparisons without any difference one is told apart by chance. “Expected” is what the paper "
-    "leads one to expect."
+    "{seeds} Each is taken alone: of twenty comparisons without any difference one is told apart by chance. “Expected” "
+    "is what the paper leads one to expect."
+)
+ONE_SEED = "With one training seed nothing about a fine-tuned model is told apart: another seed may say the opposite."
+SEEDS = (
+    "{count} seeds can show that a difference is no single seed's doing; where seeds make most of the spread, an "
+    "interval of few misses the truth often (of three, 1 time in 4), so one that barely leaves out 0 does not stand. "
+    "All seeds start from the same {bases}: none says what another would do."
 )
 
 
@@ -45,7 +49,7 @@ def write_page(report: Report, figures_folder: Path, path: Path) -> None:
     claims = report.get("claims") or make_claims(report)
     title = f"IB-FT reproduced: {report['name']}"
     sections = {
-        "claims": ("What the numbers say", claims_section(claims)),
+        "claims": ("What the numbers say", claims_section(report, claims)),
         "models": ("Models", models_section(report)),
         "figures": ("Figures", figures_section(figures_folder)),
         "scores": ("Scores", scores_section(report)),
@@ -83,15 +87,25 @@ def about(report: Report) -> str:
     tuned = sum(model["base"] is not None for model in report["models"])
     parts = [report.get("what"), counted(tuned, "fine-tuned model"), counted(len(report.get("seeds") or []), "seed")]
     parts += [f"on {report['device']}" if report.get("device") else None]
-    parts += [f"commit {report['commit'][:12]}" if report.get("commit") else None]
+    commit, _, dirty = (report.get("commit") or "").partition("-")
+    parts += [f"commit {commit[:12]}{' with changes' if dirty else ''}" if commit else None]
     return escape("; ".join(part for part in parts if part)) + "."
 
 
 # --- sections -------------------------------------------------------------------------------------
 
 
-def claims_section(claims: Sequence[Claim]) -> str:
-    parts = [f'<p class="reading">{escape(READING)}</p>']
+def reading(report: Report) -> str:
+    """How the claims are to be read."""
+    count, bases = len(report.get("seeds") or []), [m["name"] for m in report["models"] if m["base"] is None]
+    if count < 2:
+        return READING.format(seeds=ONE_SEED)
+    started = " and the same ".join(bases) or "base"
+    return READING.format(seeds=SEEDS.format(count=count, bases=started))
+
+
+def claims_section(report: Report, claims: Sequence[Claim]) -> str:
+    parts = [f'<p class="reading">{escape(reading(report))}</p>']
     for topic in dict.fromkeys([*TOPICS, *(claim["topic"] for claim in claims)]):
         mine = [claim for claim in claims if claim["topic"] == topic]
         if not mine:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ibft.config import BUNDLED, Config
 from ibft.errors import DataError
+from ibft.experiment.begin import hash_file
 from ibft.load_config import load_config
 from ibft.reproduce.recipe import BASES, Recipe, folder_name, overrides_of
 
@@ -104,6 +105,19 @@ def gather(recipe: Recipe, out: Path, *, judge_jobs: int) -> Place:
         for name, path in recipe.memorization.comparison.items()
     }
     return Place(recipe, out, config, data, held_out, problems, comparison, judge_jobs)
+
+
+def hash_files(recipe: Recipe) -> dict[str, str | None]:
+    """sha256 of each file that a recipe names: what the results hang on beside its settings. None of a hub id."""
+    from ibft.tiny import task_file
+
+    data = load_config(None, overrides_of(recipe.train))[0].data
+    named = {
+        "data.path": (data.path, "train"), "data.eval_path": (data.eval_path, "validation"),
+        **{f"suites.{name}": (suite.problems, "test") for name, suite in recipe.suites.items()},
+        **{f"comparison.{name}": (path, "test") for name, path in recipe.memorization.comparison.items()},
+    }  # fmt: skip
+    return {key: hash_file(str(task_file(split)) if path == BUNDLED else path) for key, (path, split) in named.items()}
 
 
 def check(recipe: Recipe) -> None:

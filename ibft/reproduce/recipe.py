@@ -2,6 +2,7 @@
 
 tiny        the bundled base and tasks, a base made for it that has memorised a quarter of the rows; two CPU cores
 tiny-quick  the same pipeline with little of everything
+tiny-variants   the same bases, other bottlenecks
 origen      the paper's OriGen (Verilog) runs at full size, one GPU
 evol        the paper's Evol-CodeAlpaca (Python) runs, the same
 gsm8k       mathematics, and
@@ -20,24 +21,25 @@ from ibft.config import Config, NonNegative, PositiveInt, Section
 from ibft.errors import ConfigError
 from ibft.load_config import load_config, read_yaml
 
-RECIPES = ("tiny", "tiny-quick", "origen", "evol", "gsm8k", "text")
+RECIPES = ("tiny", "tiny-quick", "tiny-variants", "origen", "evol", "gsm8k", "text")
 Tree = dict[str, Any]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 OURS = ("data", "fine-tuning data", "memorised", "rest")  # names of the fine-tuning rows in a report
 
 
 class TinyBases(Section):
-    """Bases made from the bundled one (`ibft.tiny.memorise`): `base` has memorised rows, `twin` has not, `perturbed` is
-    `base` with noise on its weights."""
+    """Bases made from the bundled one (`ibft.tiny.memorise`): `base` has memorised rows, the twin has read as
+    many others, each once, and the perturbed one is `base` with noise on its weights."""
 
     memorised_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the train rows that are told to the base."""
     reading_share: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """Share of those rows among the documents that it goes on reading; the rest are the corpus's."""
+    """Share of those rows (the twin: of others) among the documents that a base goes on reading; the rest are the
+    corpus's."""
     steps: PositiveInt = 100
     """Of 2,048 tokens."""
     learning_rate: NonNegative = 1e-3
-    noise: NonNegative = 0.05
+    noise: NonNegative = 0.4
     """Of the perturbed base: standard deviation over a matrix's root mean square."""
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -18,7 +18,7 @@ KIND = "ibft-fast reproduction"
 REPORT, RECIPE, FIGURES, PAGE = "report.json", "recipe.yaml", "figures", "report.html"
 WHAT = {
     "base": "before fine-tuning",
-    "twin base": "has read as much as the base, but no fine-tuning row",
+    "twin base": "has read as many documents of the same form as the base, but each only once, and no fine-tuning row",
     "perturbed base": "the base with noise on its weights",
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 from ibft.console import Console
 from ibft.experiment.begin import begin
 from ibft.experiment.jobs import Job, run_jobs
-from ibft.reproduce.place import Place, check, gather
+from ibft.reproduce.place import Place, check, gather, hash_files
 from ibft.reproduce.recipe import ModelRecipe, Recipe, overrides_of
 from ibft.reproduce.work import ask_base, look_into_base, make_base, make_model
 
@@ -35,7 +35,10 @@ def run_reproduction(recipe: Recipe, out: Path, *, workers: int, threads: int | 
     """
     console = Console()
     check(recipe)
-    settings = {"recipe": recipe.model_dump(mode="json", exclude={"what", "measured"}), "threads": threads}
+    settings = {
+        "recipe": recipe.model_dump(mode="json", exclude={"what", "measured"}), "threads": threads,
+        "files": hash_files(recipe),
+    }  # fmt: skip
     begin(out, settings, file="recipe.json", what="reproduction")
     place = gather(recipe, out, judge_jobs=max(1, (os.cpu_count() or 1) // workers))
     run = lambda jobs, what: run_jobs(jobs, workers=workers, threads=threads, console=console, what=what)  # noqa: E731

@@ -28,11 +28,12 @@ from ibft.reproduce.over_seeds import (
     mean_over_seeds,
     passes_of,
     score_name,
+    temperatures_of,
     verdict_of,
 )
 
 Claim = dict[str, Any]
-SIGNS = {None: "", "nats": " nats", "degrees": "°"}
+SIGNS = {None: "", "nats": " nats", "degrees": "°", "of the mean": " of the mean"}
 
 
 def make_claim(topic: str, text: str, verdict: str, **more: Any) -> Claim:
@@ -45,34 +46,50 @@ def unmeasured(topic: str, what: str, why: str) -> Claim:
 
 
 def score_claims(
-    report: Report, topic: str, ours: str, theirs: str, temperature: float | None, expected: str | None = None
+    report: Report, topic: str, ours: str, theirs: str, expected: str | None = None, *, all_temperatures: bool = False
 ) -> list[Claim]:
-    """Ours minus theirs at Pass@1 and Pass@k(k), on every suite. Where both were not sampled at a temperature that is
-    not the main one, nothing is said of it."""
-    what, claims = f"{quoted(ours)} minus {quoted(theirs)}", []
+    """Ours minus theirs at Pass@1 and Pass@k(k), on every suite at its main temperature, then at the others."""
     if not report["suites"]:
-        return [unmeasured(topic, what, "no samples")]
-    for suite in report["suites"]:
-        where = suite if temperature is None else f"{suite}, temperature {temperature:g}"
-        mine, other = (passes_of(report, model, suite, temperature) for model in (ours, theirs))
-        if mine is None or other is None:
-            missing = [quoted(name) for name, passes in ((ours, mine), (theirs, other)) if passes is None]
-            if len(missing) == 1 or temperature == main_temperature(report):
-                claims.append(unmeasured(topic, f"{what} on {where}", f"no samples of {' and '.join(missing)}"))
-            continue
-        cells = end_cells(min(mine.n, other.n))
-        found = compare(mine, other, cells)
-        if found is None:
-            claims.append(unmeasured(topic, f"{what} on {where}", "no seed in common"))
-            continue
-        for cell, scored in zip(cells, found, strict=True):
-            verdict, name = verdict_of(scored.low, scored.high), score_name(cell)
-            claims.append(make_claim(
-                topic, f"{what} on {name}, {where}: {in_points(scored)}: {judged(verdict, expected)}", verdict,
-                value=scored.value, low=scored.low, high=scored.high, unit="fraction", expected=expected,
-                models=[ours, theirs], score=name, suite=suite, temperature=temperature, problems=scored.problems,
-                seeds=scored.seeds,
-            ))  # fmt: skip
+        return [unmeasured(topic, f"{quoted(ours)} minus {quoted(theirs)}", "no samples")]
+    places = [(suite, main_temperature(report, suite)) for suite in report["suites"]]
+    if all_temperatures:
+        others = [(suite, t) for suite in report["suites"] for t in temperatures_of(report, suite)]
+        places += [place for place in others if place not in places]
+    return [
+        claim
+        for suite, temperature in places
+        for claim in claims_at(report, topic, ours, theirs, suite, temperature, expected)
+    ]
+
+
+def claims_at(
+    report: Report, topic: str, ours: str, theirs: str, suite: str, temperature: float | None, expected: str | None
+) -> list[Claim]:
+    """Where both were not sampled at a temperature that is not the main one, nothing is said of it. With one training
+    seed nothing is told apart: an interval over problems says nothing of another training."""
+    what, where = f"{quoted(ours)} minus {quoted(theirs)}", suite
+    if temperature is not None:
+        where += f", temperature {temperature:g}"
+    mine, other = (passes_of(report, model, suite, temperature) for model in (ours, theirs))
+    if mine is None or other is None:
+        missing = [quoted(name) for name, passes in ((ours, mine), (theirs, other)) if passes is None]
+        if len(missing) == 2 and temperature != main_temperature(report, suite):
+            return []
+        return [unmeasured(topic, f"{what} on {where}", f"no samples of {' and '.join(missing)}")]
+    cells = end_cells(min(mine.n, other.n))
+    found = compare(mine, other, cells)
+    if found is None:
+        return [unmeasured(topic, f"{what} on {where}", "no seed in common")]
+    claims = []
+    for cell, scored in zip(cells, found, strict=True):
+        verdict = "not told apart" if scored.seeds == 1 else verdict_of(scored.low, scored.high)
+        name = score_name(cell)
+        claims.append(make_claim(
+            topic, f"{what} on {name}, {where}: {in_points(scored)}: {judged(verdict, expected)}", verdict,
+            value=scored.value, low=scored.low, high=scored.high, unit="fraction", expected=expected,
+            models=[ours, theirs], score=name, suite=suite, temperature=temperature, problems=scored.problems,
+            seeds=scored.seeds,
+        ))  # fmt: skip
     return claims
 
 
@@ -85,8 +102,9 @@ def range_claim(
     if found is None:
         return unmeasured(topic, what, "no estimate of both with one seed")
     verdict = verdict_of(found.low, found.high) if found.seeds > 1 else "not told apart"
+    once = "measured once" if None in by_seed else "1 seed"
     over = f"range [{found.low:.{digits}f}, {found.high:.{digits}f}] of {found.seeds} seeds"
-    text = f"{what}: {found.value:+.{digits}f}{SIGNS[unit]}, {over if found.seeds > 1 else '1 seed'} ({each})"
+    text = f"{what}: {found.value:+.{digits}f}{SIGNS[unit]}, {over if found.seeds > 1 else once} ({each})"
     return make_claim(
         topic, f"{text}: {judged(verdict, expected)}", verdict, value=found.value, low=found.low, high=found.high,
         unit=unit, expected=expected, seeds=found.seeds,

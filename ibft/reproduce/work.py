@@ -39,12 +39,13 @@ def make_base(folder: Path, *, kind: str, bases: Tree, here: Tree) -> Tree:
         perturb(Path(here["source"]), model, noise=bases["noise"], seed=bases["seed"])
         return {}
     rows = load_rows(here["data"])
-    numbers = choose_memorised(len(rows), bases["memorised_share"], bases["seed"]) if kind == "base" else []
+    numbers = choose_memorised(len(rows), bases["memorised_share"], bases["seed"])
+    told = [rows[number] for number in numbers] if kind == "base" else None
     loss = read_on(
-        [rows[number] for number in numbers], model, share=bases["reading_share"], steps=bases["steps"],
+        told, model, share=bases["reading_share"], steps=bases["steps"],
         learning_rate=bases["learning_rate"], seed=bases["seed"],
     )  # fmt: skip
-    return {"loss": loss, "memorised": numbers}
+    return {"loss": loss, "memorised": numbers if told else []}
 
 
 def ask_base(folder: Path, *, model: Tree, asked: Tree, thorough: bool, here: Tree) -> Tree:

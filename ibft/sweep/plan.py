@@ -1,6 +1,5 @@
 """What a sweep is, from what the user typed: all of it is read and checked here, before the first run starts."""
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from ibft.config import BUNDLED, Config, ModelConfig
 from ibft.errors import ConfigError
 from ibft.evaluation.suites import Rule
+from ibft.experiment.begin import hash_file
 from ibft.experiment.measure import Suite
 from ibft.sweep.grid import Cell, Grid, load_base, make_cells, read_grid, suggested_grid
 
@@ -81,14 +81,6 @@ def tasks_of(suite: Suite | None) -> Tree | None:
     if suite is None:
         return None
     return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(suite).items() if name != "problems"}
-
-
-def hash_file(path: str | None) -> str | None:
-    """None of what is no file here."""
-    try:
-        return None if path is None else hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-    except OSError:
-        return None
 
 
 def plan_sweep(

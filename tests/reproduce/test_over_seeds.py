@@ -126,11 +126,14 @@ def test_rows_of_a_report():
 
 def test_what_is_measured_most_is_the_main_temperature():
     report = make_report()
-    assert main_temperature(report) == 0.6
+    assert main_temperature(report, "tiny") == 0.6
     report["counts"] = [row for row in report["counts"] if row["model"] in ("FT", "IB-FT")]
-    assert main_temperature(report) == 0.2
-    report["counts"] = []
-    assert main_temperature(report) is None
+    assert main_temperature(report, "tiny") == 0.2
+    assert main_temperature(report, "another") is None
+    report["settings"]["suites"] = {"tiny": {"temperature": 1}}  # what the recipe says comes first
+    assert main_temperature(report, "tiny") == 1.0
+    report["counts"], report["settings"] = [], {}
+    assert main_temperature(report, "tiny") is None
     assert passes_of(report, "FT", "tiny", 0.6) is None
 
 
