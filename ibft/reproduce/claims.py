@@ -80,13 +80,17 @@ def barrier_claims(report: Report) -> list[Claim]:
         memorised = [unmeasured(BARRIER, "What the base has memorised", "no Min-K% scores of two groups of rows")]
     if twin := started_from(report, "FT", "twin"):
         solved = score_claims(report, BARRIER, "FT", twin, "lower")
+        # what of that was there before fine-tuning
+        before = score_claims(report, BARRIER, "base", "twin base")
     else:
         solved = [unmeasured(BARRIER, "FT minus FT from a twin that has memorised nothing", "no such model")]
+        before = []
     of_base = [claim for claim in memorised if claim.get("models") in (None, ["base"])]
     return [
         barrier_claim(memorised, solved),
         *of_base,
         *solved,
+        *before,
         *(claim for claim in memorised if claim not in of_base),
     ]
 
