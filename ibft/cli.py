@@ -9,6 +9,7 @@ import typer
 
 from ibft.analysis.cli import app as analyze
 from ibft.commands import Debug, one_line_errors
+from ibft.errors import ConfigError
 from ibft.evaluation.cli import app as evaluate
 from ibft.reproduce.cli import app as reproduce
 from ibft.sweep.cli import sweep
@@ -32,6 +33,9 @@ app.command()(sweep)
 Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)
 ]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenise again (data.cache=false).")]
+CACHE_OFF = ("data.cache=false",)
+PREVIEWED_ROWS = 2000
 
 
 @app.command()
@@ -41,6 +45,7 @@ def train(
         Path | None, typer.Option("-o", "--out", help="Run directory; default runs/<time>.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
+    no_cache: NoCache = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune. With no argument: the bundled tiny model on the bundled tasks, offline, in a few minutes on a CPU.
@@ -52,11 +57,69 @@ def train(
     6 out of memory, 130/143 interrupted and saved.
     """
     with one_line_errors(debug):
-        config, notices = _configure(arguments)
+        config, notices = _configure(arguments, CACHE_OFF if no_cache else [])
         from ibft.run import run_training
 
         code = run_training(config, out, dry_run=dry_run, notices=notices)
     raise typer.Exit(code)
+
+
+@app.command()
+def preview(
+    arguments: Arguments = None,
+    count: Annotated[int, typer.Option("-n", help="Samples to show.", min=0)] = 3,
+    rows: Annotated[
+        int, typer.Option(help="Only the first rows are tokenised; 0: all of them.", min=0)
+    ] = PREVIEWED_ROWS,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: JSON on stdout, words on stderr.")] = False,
+    no_cache: NoCache = False,
+    debug: Debug = False,
+) -> None:
+    """What `train` with the same arguments would teach: samples with what is taught of them marked, lengths, packing,
+    and the first problem. Needs the tokenizer, and no weights.
+
+    Examples: `ibft-fast preview preset=paper-evol`, `ibft-fast preview data.path=rows.jsonl data.template=alpaca -n 5`.
+
+    Exit codes: 0 done, 2 configuration, 3 data, 4 environment.
+    """
+    with one_line_errors(debug):
+        config, notices = _configure(arguments, CACHE_OFF if no_cache else [])
+        from ibft.preview import run_preview
+
+        run_preview(config, count=count, rows=rows, as_json=as_json, notices=notices)
+
+
+@app.command()
+def decontaminate(
+    data: Annotated[
+        str | None, typer.Option(help="Rows: file, folder, hub id or bundled:tiny.", show_default=False)
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", help="SUITE=FILE of evaluation problems, or a file of rows; several.", show_default=False
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a hub data set or bundled:tiny.")] = "train",
+    n: Annotated[int, typer.Option("-n", help="Words in a row that a row shares with a problem.")] = 10,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", help="File of the rows to drop, for data.drop_ids.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Rows of training data that give evaluation problems away, and rows that are there twice.
+
+    Examples: `ibft-fast decontaminate --data rows.jsonl --against humaneval=HumanEval.jsonl.gz -o drop.json`, then
+    `ibft-fast train data.path=rows.jsonl data.drop_ids=drop.json`.
+
+    Exit codes: 0 done, 2 arguments, 3 data, 4 environment.
+    """
+    with one_line_errors(debug):
+        if data is None:
+            raise ConfigError("--data: name a file, a folder, a hub id or bundled:tiny")
+        from ibft.data.decontaminate import run_decontaminate
+
+        run_decontaminate(data, against or [], split=split, n=n, out=out)
 
 
 @app.command()

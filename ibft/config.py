@@ -45,20 +45,54 @@ class ModelConfig(Section):
     train.gradient_checkpointing=auto does so by itself where nothing else makes the step fit."""
 
 
+class FieldsConfig(Section):
+    """Which keys of a row to take for what, where the formats do not know them: prompt and response (and input), or
+    messages, or text."""
+
+    prompt: str | None = None
+    input: str | None = None
+    response: str | None = None
+    messages: str | None = None
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "FieldsConfig":
+        given = set(self.model_dump(exclude_none=True))
+        if given and given not in ({"prompt", "response"}, {"prompt", "input", "response"}, {"messages"}, {"text"}):
+            raise ValueError("expected prompt and response (and input), or messages, or text")
+        return self
+
+    def given(self) -> dict[str, str]:
+        """Name that `ibft.data.formats` knows -> key of the row."""
+        names = {"prompt": "instruction", "response": "output"}
+        return {names.get(name, name): key for name, key in self.model_dump(exclude_none=True).items()}
+
+
 class DataConfig(Section):
     path: str = BUNDLED
-    """Training rows: a .json, .jsonl (each also .gz) or .parquet file, or a hub id."""
+    """Training rows: a .json, .jsonl, .csv, .parquet or .arrow file (each also .gz), a folder of such, or a hub id."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set or of a folder."""
+    fields: FieldsConfig = FieldsConfig()
+    """Keys of a row that are named otherwise than the formats know them."""
+    template: str = "auto"
+    """released: prompt, newline, response; alpaca; chat: the tokenizer's chat template; or a .jinja file.
+    auto: released, and chat for conversations."""
+    labels: Literal["response", "assistant", "all"] = "assistant"
+    """What is taught: the last response, every turn of the assistant (the same where there is one), or every token."""
     eval_path: str | None = None
     """Held-out rows; if absent, `val_size` of the training rows are held out."""
     val_size: Share = 0.02
     """Share of the rows held out where there is no eval_path (at least 1, at most 512 rows); 0: no evaluation.
     The bundled data have held-out rows of their own."""
     max_length: Annotated[int, Field(ge=2)] = 2048
-    """Tokens of the longest row; longer samples are truncated on the right, and counted."""
+    """Tokens of the longest row."""
+    truncation: Literal["right", "left", "drop", "split"] = "right"
+    """Of longer samples: cut on the right or the left, dropped, or split into several; what is lost is counted."""
     packing: bool = True
     """Several samples a row, with block-diagonal attention: no padding, and a sample never sees its neighbours."""
+    group_by_length: bool = False
+    """Without packing: rows of like length meet in a step, so that less is padding; the order is less random."""
     pad_to_max_length: bool = False
     """Pad each row to max_length (the released code) instead of to the longest of its batch."""
     add_eos: bool = True
@@ -69,6 +103,13 @@ class DataConfig(Section):
     """The same: leave these rows out."""
     max_samples: PositiveInt | None = None
     """Use only the first rows (of those that are left)."""
+    deduplicate: bool = False
+    """Leave out rows that are equal to an earlier one."""
+    decontaminate: tuple[str, ...] = ()
+    """Leave out rows that share a long run of words with these evaluation problems: SUITE=FILE (as `ibft-fast
+    decontaminate --against` has them) or a file."""
+    cache: bool = True
+    """Keep encoded data in ~/.cache/ibft-fast (or $IBFT_CACHE), and take them from there."""
 
 
 class LoraConfig(Section):

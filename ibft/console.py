@@ -19,10 +19,13 @@ Advance = Callable[..., None]  # (done so far, ...)
 
 
 class Console:
-    """Everything goes to stdout; errors are the command line's business (stderr)."""
+    """Everything goes to stdout; errors are the command line's business (stderr).
 
-    def __init__(self) -> None:
-        self.rich = RichConsole(highlight=False, soft_wrap=True)
+    to_stderr: all of it goes there, where stdout is for machines.
+    """
+
+    def __init__(self, *, to_stderr: bool = False) -> None:
+        self.rich = RichConsole(highlight=False, soft_wrap=True, stderr=to_stderr)
 
     def notice(self, text: str) -> None:
         self.rich.print(f"note: {text}", style="yellow", markup=False)

@@ -15,10 +15,10 @@ from ibft.config import BUNDLED, Config
 from ibft.console import Console, size
 from ibft.errors import SetupError
 from ibft.plan import CUDA_CONTEXT, GIB, MARGIN, Choice, Load, ModelShape, Setup, choose_plan, flops
-from ibft.run import choose_dtype, is_local, load_data, memory_budget
+from ibft.run import choose_dtype, is_local, memory_budget
 
 if TYPE_CHECKING:
-    from ibft.run import Datasets
+    from ibft.data.prepare import Datasets
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB of cards that people have
 SUSTAINED = 50e12  # FLOP/s of the example where no device can be measured
@@ -78,6 +78,7 @@ def find_data(config: Config, console: Console) -> "Datasets | str":
     Raises:
         DataError: a file of rows or tasks is missing, malformed or empty.
     """
+    from ibft.data.prepare import load_data
     from ibft.data.sources import load_rows
     from ibft.model import load_tokenizer
 
@@ -101,9 +102,9 @@ def find_data(config: Config, console: Console) -> "Datasets | str":
 
 def of_hub(path: str) -> bool:
     """Whether `load_rows` would ask the hub for it."""
-    from ibft.data.sources import _looks_like_path
+    from ibft.data.sources import looks_like_path
 
-    return not is_local(path) and not _looks_like_path(path)
+    return not is_local(path) and not looks_like_path(path)
 
 
 def describe(console: Console, s: Setup) -> None:

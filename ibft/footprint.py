@@ -192,11 +192,11 @@ class Load:
         share, segment = 1.0, float(length)
         masked = not settings.packing and (rows > 1 or settings.pad_to_max_length)
         if data is not None and data.num_tokens:
-            lengths = [len(sample.input_ids) for sample in data.samples]
-            longest = min(length, sum(lengths) if settings.packing else max(lengths))
+            lengths = data.lengths
+            longest = int(min(length, lengths.sum() if settings.packing else lengths.max()))
             length = length if settings.pad_to_max_length else longest
             share = data.num_label_tokens / data.num_tokens
-            segment = sum(n * n for n in lengths) / sum(lengths)  # of the segment that a token finds itself in
+            segment = float((lengths**2).sum() / lengths.sum())  # of the segment that a token finds itself in
         evaluates = settings.eval_path is not None or settings.path == BUNDLED or settings.val_size > 0
         tokens = rows * length
         return cls(

@@ -63,8 +63,14 @@ class Trainer:
     on_save: Callable[[str], None] = lambda name: None
     on_step: Callable[[int, Row], None] = lambda step, row: None
 
+    should_stop: Callable[[], bool] = lambda: False  # asked between steps, as a file STOP answers it
+
     step: int = 0
     epoch: int = 0
+    index: int = 0
+    """Optimizer steps taken in this epoch. With epoch and the seed all that says which samples come next."""
+    evaluated: int = 0
+    """Step of the last held-out evaluation."""
     best: float = math.inf
     interrupted: signal.Signals | None = None
     window: "Window" = field(init=False)
@@ -81,25 +87,34 @@ class Trainer:
         steps_per_epoch = count_steps(self.data, self.config)
         assert steps_per_epoch > 0, "encode_rows refuses data without samples"
         self.window = Window(self.accelerator.device)  # the clock starts here, not at the building of the trainer
+        self.between_steps(steps_per_epoch)  # what a stop has kept from being done after the last one
         while self.step < self.total_steps and not self.interrupted:
-            for micro_batches in self.batches(self.data, epoch=self.epoch):
+            for micro_batches in self.batches(self.data, epoch=self.epoch, start=self.index):
                 row = self.train_step(micro_batches)
                 self.step += 1
+                self.index += 1
                 if self.logs(self.step):
                     self.log(row)
                 self.on_step(self.step, row)
-                if self.interrupted:
+                self.between_steps(steps_per_epoch)
+                if self.interrupted or self.step == self.total_steps:
                     break
-                if self.due(self.config.train.eval_steps or steps_per_epoch) and self.step < self.total_steps:
-                    self.evaluate_and_keep_best()
                 if self.due(self.config.checkpoint.save_steps):
                     self.save(f"checkpoints/step-{self.step}")
-                if self.step == self.total_steps:
-                    break
-            self.epoch += 1
-        if not self.interrupted:
-            self.evaluate_and_keep_best()
+            if self.index == steps_per_epoch:
+                self.epoch, self.index = self.epoch + 1, 0
+        if self.interrupted or self.config.checkpoint.save_steps > 0:
+            self.save(f"checkpoints/step-{self.step}")
         self.save("adapter")
+
+    def between_steps(self, steps_per_epoch: int) -> None:
+        """Evaluate where that is due and not done, unless the run is to stop."""
+        if not self.interrupted and self.should_stop():
+            self.interrupted = signal.SIGTERM
+        if self.interrupted or self.step == 0 or self.evaluated == self.step:
+            return
+        if self.due(self.config.train.eval_steps or steps_per_epoch) or self.step == self.total_steps:
+            self.evaluate_and_keep_best()
 
     def train_step(self, micro_batches: list[Batch]) -> Row:
         """One optimizer step over a global batch; its metrics, still on the device.
@@ -230,14 +245,16 @@ class Trainer:
         return hidden
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean cross-entropy (nats per label token) on the held-out rows."""
+    def evaluate(self) -> float | None:
+        """Mean cross-entropy (nats per label token) on the held-out rows; None: stopped in the middle of it."""
         assert self.eval_data is not None
         self.model.eval()
         total = torch.zeros((), device=self.accelerator.device)
         tokens = 0
         plain = IBObjective(None, alpha=0.0)
         for (batch,) in self.batches(self.eval_data, epoch=0, evaluation=True):
+            if self.interrupted:
+                return None
             batch = self.to_device(batch)
             with self.accelerator.autocast(), self.context.batch(batch.noise_ids, batch.segments):
                 last = self.last_hidden(batch)
@@ -252,6 +269,9 @@ class Trainer:
             return
         with self.window.paused():
             value = self.evaluate()
+            if value is None:
+                return
+            self.evaluated = self.step
             if not math.isfinite(value):
                 raise NonFiniteError(
                     f"step {self.step}: the held-out cross-entropy is {value}; this state is not saved"
@@ -309,8 +329,9 @@ class Trainer:
             return False
         raise NonFiniteError(f"step {self.step + 1}: not finite: {', '.join(bad)}; no weight was changed by this step")
 
-    def batches(self, data: EncodedData, *, epoch: int, evaluation: bool = False) -> Any:
-        """Optimizer steps of an epoch, each a list of micro-batches; evaluation: one micro-batch each, in order."""
+    def batches(self, data: EncodedData, *, epoch: int, evaluation: bool = False, start: int = 0) -> Any:
+        """Optimizer steps of an epoch from number `start` on, each a list of micro-batches; evaluation: one micro-batch
+        each, in order."""
         train, settings = self.config.train, self.config.data
         return steps_of_epoch(
             data,
@@ -324,6 +345,8 @@ class Trainer:
             pad_to=settings.max_length if settings.pad_to_max_length else None,
             pad_id=self.pad_id,
             shuffle=not evaluation,
+            grouped=settings.group_by_length,
+            start=start,
         )
 
     def due(self, every: int) -> bool:

@@ -1,12 +1,10 @@
 """`ibft-fast train`: from a configuration to a trained adapter and a table that says what it was worth."""
 
-import dataclasses
 import importlib.metadata
 import math
 import os
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ibft.bottleneck import InformationBottleneck
-    from ibft.data.encode import EncodedData
+    from ibft.data.prepare import Datasets
     from ibft.loop import Trainer
-
-MAX_HELD_OUT = 512
-
-
-@dataclass
-class Datasets:
-    train: "EncodedData"
-    held_out: "EncodedData | None"
-    sha256: str
 
 
 def run_training(config: Config, out: Path | None, *, dry_run: bool = False, notices: list[str] | None = None) -> int:
@@ -59,6 +48,7 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
         device = choose_device(config)
         dtype = choose_dtype(config.train, device)
 
+        from ibft.data.prepare import load_data
         from ibft.model import load_model_config, load_tokenizer, resolve_layers
 
         base_config = load_model_config(config.model)
@@ -170,7 +160,7 @@ def train_and_report(
 def build_trainer(
     config: Config,
     tokenizer: "PreTrainedTokenizerBase",
-    data: Datasets,
+    data: "Datasets",
     layer: int | tuple[int, ...] | None,
     accelerator: "Accelerator",
     dtype: torch.dtype,
@@ -263,7 +253,7 @@ def memory_budget(config: Config, device: torch.device) -> int | None:
 
 
 def plan_memory(
-    config: Config, base_config: Any, data: Datasets, device: torch.device, dtype: torch.dtype, budget: int | None
+    config: Config, base_config: Any, data: "Datasets", device: torch.device, dtype: torch.dtype, budget: int | None
 ) -> Choice:
     """What to keep, to recompute and to offload. base_config: transformers' of the base.
 
@@ -346,49 +336,6 @@ def start_trackers(config: Config, accelerator: "Accelerator") -> None:
             raise SetupError(f"train.report_to={','.join(config.train.report_to)}: {reason}") from error
 
 
-def load_data(config: Config, tokenizer: "PreTrainedTokenizerBase", console: Console) -> Datasets:
-    """Training and held-out rows, encoded.
-
-    Raises:
-        DataError: missing, malformed, empty, or no row with a label.
-    """
-    from ibft.data.encode import encode_rows
-    from ibft.data.ids import choose_rows, hash_rows
-    from ibft.data.sources import load_rows
-    from ibft.tiny import task_file
-
-    settings = config.data
-    train_path = str(task_file("train")) if settings.path == BUNDLED else settings.path
-    rows = load_rows(train_path, split=settings.split)
-    given = len(rows)
-    rows = choose_rows(rows, settings.path, keep=settings.keep_ids, drop=settings.drop_ids)[: settings.max_samples]
-    digest = hash_rows(rows)
-    if settings.keep_ids or settings.drop_ids:
-        console.data("rows", f"{len(rows):,} of {given:,} (data.keep_ids, data.drop_ids)")
-    train = encode_rows(rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos)
-    console.data("training data", train.summary())
-    held_out = None
-    if settings.eval_path is not None or settings.path == BUNDLED:
-        path = str(task_file("validation")) if settings.eval_path in (None, BUNDLED) else str(settings.eval_path)
-        rows = load_rows(path, split=settings.split)
-        held_out = encode_rows(rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos)
-        console.data("held-out data", held_out.summary())
-    elif settings.val_size > 0 and len(train.samples) > 1:
-        count = min(max(1, round(settings.val_size * len(train.samples))), MAX_HELD_OUT, len(train.samples) - 1)
-        train, held_out = hold_out(train, count)
-        console.data("held-out data", f"{count} of these samples, drawn at random (data.val_size)")
-    return Datasets(train, held_out, digest)
-
-
-def hold_out(data: "EncodedData", count: int) -> tuple["EncodedData", "EncodedData"]:
-    """Samples split into (the rest, `count` drawn at random); always the same draw, whatever the run's seed."""
-    shuffled = torch.randperm(len(data.samples), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = set(shuffled[:count])
-    kept = [sample for index, sample in enumerate(data.samples) if index not in chosen]
-    held = [sample for index, sample in enumerate(data.samples) if index in chosen]
-    return dataclasses.replace(data, samples=kept), dataclasses.replace(data, samples=held)
-
-
 def load_tasks(config: Config) -> list[dict[str, Any]]:
     """Programming tasks for Pass@1: the bundled test split when training on the bundled tasks, else `eval.tasks`."""
     from ibft.data.sources import load_rows
@@ -416,12 +363,13 @@ def pass_at_1(
     when: str,
 ) -> dict[str, Any] | None:
     """Greedy Pass@1 on the tasks; None without tasks; {"not_judged": reason} where code cannot be judged safely."""
+    from ibft.data.templates import choose_template
     from ibft.evaluation.generate import extract_code, generate
     from ibft.evaluation.judge import judge_tasks, why_not_judged
 
     if not tasks:
         return None
-    unsafe = config.eval.run_without_isolation
+    unsafe, named = config.eval.run_without_isolation, config.data.template
     if reason := why_not_judged(allow_limits=unsafe):
         return {"not_judged": reason}
     with console.progress(f"Pass@1 {when} training", len(tasks)) as advance, trainer.accelerator.autocast():
@@ -431,6 +379,7 @@ def pass_at_1(
             [task["instruction"] for task in tasks],
             max_new_tokens=config.eval.max_new_tokens,
             batch_size=config.eval.batch_size,
+            template=choose_template("released" if named == "auto" else named, tokenizer),
             progress=advance,
         )
     verdicts = judge_tasks(tasks, [extract_code(completion) for completion in completions], allow_limits=unsafe)

@@ -1,6 +1,7 @@
 """Set before anything imports triton: without a CUDA device its kernels run in the interpreter, on CPU tensors."""
 
 import os
+import tempfile
 
 import torch
 
@@ -11,6 +12,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, as of this one below
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["IBFT_CACHE"] = tempfile.mkdtemp(prefix="ibft-cache-")  # nothing of the user's, and each process its own
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings

@@ -4,10 +4,12 @@ import torch
 from torch import nn
 
 from ibft.config import Config
-from ibft.data.encode import EncodedData, Sample
+from ibft.data.encode import EncodedData
+from ibft.data.prepare import Datasets
+from ibft.data.samples import Sample
 from ibft.load_config import load_config
 from ibft.loop import Trainer
-from ibft.run import Datasets, build_trainer
+from ibft.run import build_trainer
 
 VOCAB = 97
 
@@ -62,7 +64,7 @@ def random_samples(lengths, *, prompt_share: float = 0.4, seed: int = 0) -> Enco
     for length in lengths:
         ids = torch.randint(2, VOCAB, (length,), generator=generator).tolist()
         samples.append(Sample(input_ids=ids, prompt_length=max(1, int(prompt_share * length))))
-    return EncodedData(samples=samples, rows=len(samples))
+    return EncodedData.of(samples, rows=len(samples))
 
 
 class FakeTokenizer:

@@ -23,10 +23,11 @@ from ibft.config import Config
 from ibft.console import Console
 from ibft.data.collate import Batch
 from ibft.data.encode import EncodedData
+from ibft.data.prepare import Datasets, load_data
 from ibft.load_config import load_config
 from ibft.loop import Trainer
 from ibft.model import load_model_config, load_tokenizer, resolve_layer
-from ibft.run import Datasets, build_trainer, load_data
+from ibft.run import build_trainer
 
 Loop = Trainer | PlainLoop
 Step = Callable[[int], int]  # does a whole optimizer step on batch number i; returns its real tokens

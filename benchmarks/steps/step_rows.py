@@ -14,8 +14,9 @@ import torch
 
 from ibft.config import Config
 from ibft.data.collate import Batch, IndexedSample, collate
-from ibft.data.encode import EncodedData, Sample
+from ibft.data.encode import EncodedData
 from ibft.data.order import epoch_order
+from ibft.data.samples import Sample
 from ibft.loop import Trainer
 
 PAD_ID = 0  # pads are masked by position: any id serves
@@ -67,7 +68,7 @@ def random_samples(vocab: int, length: int, count: int, *, labelled: float = 0.5
     """`count` samples of `length` random ids; of each the last share `labelled` is a response."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, vocab, (count, length), generator=generator).tolist()
-    return EncodedData([Sample(row, length - max(1, round(labelled * length))) for row in ids], rows=count)
+    return EncodedData.of([Sample(row, length - max(1, round(labelled * length))) for row in ids], rows=count)
 
 
 def regrouped(steps: Steps, data: EncodedData, config: Config) -> list[list[IndexedSample]]:

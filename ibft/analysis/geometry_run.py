@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ibft.config import BUNDLED
-from ibft.data.encode import Sample, encode_rows, to_prompt_response
+from ibft.data.encode import encode_rows, to_prompt_response
 from ibft.data.ids import Ids, read_ids
+from ibft.data.samples import Sample
 from ibft.data.sources import Row
 from ibft.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError
 

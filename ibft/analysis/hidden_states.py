@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ibft.data.encode import Progress, Sample
+from ibft.data.encode import Progress
+from ibft.data.samples import Sample
 from ibft.tap import decoder_of
 
 Pool = Literal["mean", "last"]

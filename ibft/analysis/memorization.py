@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from ibft.analysis.min_k import min_k, min_k_pp
 from ibft.config import BUNDLED
-from ibft.data.encode import Sample, encode_rows, to_prompt_response
+from ibft.data.encode import encode_rows, to_prompt_response
 from ibft.data.ids import hash_rows
+from ibft.data.samples import Sample
 from ibft.data.sources import Row, load_rows
 from ibft.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError
 from ibft.evaluation.samples import lines_of
@@ -194,7 +195,7 @@ def load_texts(rows: Sequence[Row], tokenizer: Any, *, text: str, max_length: in
         if prompt is not None or response:
             given[number] = row
     # with its EOS and uncut no row that holds anything is without a label, so that the numbers stay right
-    encoded = encode_rows(list(given.values()), tokenizer, max_length=sys.maxsize, add_eos=True) if given else None
+    encoded = encode_rows(list(given.values()), tokenizer, max_length=sys.maxsize, keep_empty=True) if given else None
     found = {
         number: Sample(sample.input_ids[:-1], 0 if text == "whole" else sample.prompt_length)
         for number, sample in zip(given, encoded.samples if encoded else (), strict=True)

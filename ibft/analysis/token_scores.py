@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibft.data.encode import Sample
+from ibft.data.samples import Sample
 from ibft.tap import decoder_of
 
 CHUNK_BYTES = 64 << 20  # of the logits of a chunk in fp32; about four tensors of that size live at once
@@ -61,10 +61,10 @@ def score_batch(model: nn.Module, samples: Sequence[Sample], *, chunk_bytes: int
     ids_BT = torch.zeros(len(samples), width, dtype=torch.long)
     rows, targets = [], []
     for b, sample in enumerate(samples):
-        length, first = len(sample.input_ids), sample.first_label
-        ids_BT[b, :length] = torch.tensor(sample.input_ids)
-        rows.append(torch.arange(first - 1, length - 1) + b * width)
-        targets.append(ids_BT[b, first:length])
+        labels = torch.from_numpy(sample.label_positions())
+        ids_BT[b, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
+        rows.append(labels - 1 + b * width)
+        targets.append(ids_BT[b, labels])
     rows_M, targets_M = torch.cat(rows).to(device), torch.cat(targets).to(device)
 
     model.eval()

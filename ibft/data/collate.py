@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ibft.attention import Segments
-from ibft.data.encode import EncodedData, Sample
-from ibft.data.order import epoch_order, pack
+from ibft.data.encode import EncodedData
+from ibft.data.order import epoch_order, group_by_length, pack
+from ibft.data.samples import Sample
 
 KLTokens = Literal["all", "real", "response"]
 IndexedSample = tuple[int, Sample]  # (place in the epoch's order, sample)
@@ -108,14 +109,14 @@ def collate(
         start = 0
         for order_index, sample in row:
             ids = torch.tensor(sample.input_ids)
-            n, first = len(ids), sample.first_label
+            n, labels = len(ids), torch.from_numpy(sample.label_positions())
             input_ids[b, start : start + n] = ids
             position_ids[b, start : start + n] = torch.arange(n)
             # To the end of the row: the next sample overwrites it, or else the padding goes on counting.
             noise_ids[b, start:, 1] = order_index
             noise_ids[b, start:, 2] = torch.arange(T - start)
-            label_rows.append(torch.arange(first - 1, n - 1) + (b * T + start))
-            targets.append(ids[first:])
+            label_rows.append(labels + (b * T + start - 1))
+            targets.append(ids[labels])
             segment_lengths.append(n)
             start += n
         # Packed padding is a segment of its own; it attends to itself only. Otherwise positions just go on.
@@ -150,7 +151,7 @@ def num_steps_per_epoch(
     data: EncodedData, *, micro_rows: int, accumulation: int, packing: bool, max_length: int
 ) -> int:
     """Optimizer steps of an epoch, the last and possibly smaller one included; the same for every epoch."""
-    rows = len(pack([len(s.input_ids) for s in data.samples], max_length)) if packing else len(data.samples)
+    rows = len(pack(data.lengths, max_length)) if packing else len(data.samples)
     return -(-rows // _global_rows(micro_rows, accumulation))
 
 
@@ -167,6 +168,7 @@ def steps_of_epoch(
     pad_to: int | None,
     pad_id: int,
     shuffle: bool = True,
+    grouped: bool = False,
     start: int = 0,
 ) -> Iterator[list[Batch]]:
     """Yield the micro-batches of each optimizer step of an epoch.
@@ -183,6 +185,7 @@ def steps_of_epoch(
         packing: pack the epoch's samples into rows of `max_length` tokens; else a sample a row.
         kl_tokens, pad_to, pad_id: see `collate`.
         shuffle: False keeps the order of the data (evaluation).
+        grouped: without packing, rows of like length meet in a step (see `group_by_length`).
         start: steps to leave out at the beginning.
 
     Raises:
@@ -192,14 +195,14 @@ def steps_of_epoch(
     if start < 0:
         raise ValueError(f"start: got {start}, expected 0 or more")
     order = epoch_order(len(data.samples), seed, epoch, shuffle=shuffle)
-    indexed = [(place, data.samples[index]) for place, index in enumerate(order)]
-    if packing:
-        packs = pack([len(sample.input_ids) for _, sample in indexed], max_length)
-        rows = [[indexed[place] for place in members] for members in packs]
-    else:
-        rows = [[item] for item in indexed]
-    for first in range(start * step_rows, len(rows), step_rows):
-        step = rows[first : first + step_rows]
+    lengths = data.lengths
+    if grouped and shuffle and not packing:
+        order = group_by_length(order, lengths, rows_per_step=step_rows, seed=seed, epoch=epoch)
+    packs = pack(lengths[order], max_length) if packing else [[place] for place in range(len(order))]
+    for first in range(start * step_rows, len(packs), step_rows):
+        step = [
+            [(place, data.samples[order[place]]) for place in members] for members in packs[first : first + step_rows]
+        ]
         yield [
             collate(
                 step[i : i + micro_rows],

@@ -1,49 +1,31 @@
-"""Turn rows into token ids with an exact prompt/response boundary.
+"""Turn rows into token ids with an exact mask of what is taught.
 
-A sample is ids(prompt + "\\n") followed by ids(response) and, unless told otherwise, the EOS id; no BOS. The two parts
-are tokenised apart, so that the loss mask is exact at the boundary, and so that the model meets in training the very
-prompt ids that it is given at generation.
+With the default template a sample is ids(prompt + "\\n") followed by ids(response) and, unless told otherwise, the EOS
+id; no BOS. Prompt and response are tokenised apart, so that the mask is exact at the boundary, and so that the model
+meets in training the very prompt ids that it is given at generation. A conversation is tokenised in one piece, and its
+turns are found by the places of their tokens in the text; where a token lies across the edge of a turn, in pieces.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
 
+import numpy as np
+
+from ibft.data.formats import Chat, Content, Pair, Text, Tokens, read_row, rename
+from ibft.data.samples import Ints, Sample, SampleStore
 from ibft.data.sources import Row
-from ibft.errors import DataError, SetupError
+from ibft.data.templates import SEPARATOR, Span, Taught, Template, choose_template, write_chat
+from ibft.errors import DataError
 
-SEPARATOR = "\n"
 CHUNK_ROWS = (
     1000  # rows tokenised at once: enough to keep a fast tokenizer's threads busy, small enough to show progress
 )
-
-# (prompt key, response keys), tried in this order; alpaca's `input` goes with `instruction`.
-FORMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("instruction", ("output", "response", "completion")),
-    ("Instruction", ("Response",)),
-    ("prompt", ("completion", "response")),
-    ("question", ("answer",)),  # GSM8K
-)
-ACCEPTED_KEYS = "; ".join([*(f"{prompt} + {'|'.join(responses)}" for prompt, responses in FORMATS), "or text"])
-
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """`input_ids[:prompt_length]` is the prompt, the rest the response (with its EOS)."""
-
-    input_ids: list[int]
-    prompt_length: int
-
-    @property
-    def first_label(self) -> int:
-        """Position of the first label. Position 0 is never one: with no BOS nothing predicts it."""
-        return max(self.prompt_length, 1)
-
-    @property
-    def num_labels(self) -> int:
-        return max(len(self.input_ids) - self.first_label, 0)
+Truncation = Literal["right", "left", "drop", "split"]
+RELEASED = Template("released")
 
 
 @dataclass(frozen=True)
@@ -52,75 +34,104 @@ class EncodedData:
 
     Attributes:
         rows: rows given.
-        dropped: rows left out because no label token remains within `max_length`.
-        truncated: rows kept, but cut on the right.
-        lost_label_tokens: label tokens cut away, in dropped and truncated rows together.
+        dropped: rows left out because no label token remains within `max_length`, or, with truncation="drop", because
+            they are longer.
+        truncated: rows kept, but not whole.
+        split: samples beyond the first that long rows were split into.
+        empty: rows left out because their response is empty; first_empty: the first of them, from 1.
+        lost_label_tokens: label tokens that no sample teaches; given_label_tokens: of all rows with a response.
+        formats: how many rows were found by which keys.
     """
 
-    samples: list[Sample]
+    samples: SampleStore
     rows: int = 0
     dropped: int = 0
     truncated: int = 0
+    split: int = 0
+    empty: int = 0
+    first_empty: int | None = None
     lost_label_tokens: int = 0
+    given_label_tokens: int = 0
+    formats: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], **counts: Any) -> "EncodedData":
+        return cls(SampleStore.of(enumerate(samples)), **counts)
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of each sample."""
+        return self.samples.lengths
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(sample.input_ids) for sample in self.samples)
+        return int(self.lengths.sum())
 
     @property
     def num_label_tokens(self) -> int:
-        return sum(sample.num_labels for sample in self.samples)
+        return int(self.samples.label_counts.sum())
 
     def summary(self) -> str:
         line = f"{len(self.samples):,} samples, {self.num_tokens:,} tokens, {self.num_label_tokens:,} of them labels"
         if self.truncated:
             line += f"; {self.truncated:,} truncated"
+        if self.split:
+            line += f"; {self.split:,} samples more by splitting"
         if self.dropped:
-            line += f"; {self.dropped:,} of {self.rows:,} rows dropped (no label token left)"
+            line += f"; {self.dropped:,} of {self.rows:,} rows dropped (too long, or no label token left)"
+        if self.empty:
+            line += f"; {self.empty:,} rows with an empty response left out, the first is row {self.first_empty:,}"
         if self.lost_label_tokens:
-            line += f"; {self.lost_label_tokens:,} label tokens lost"
+            share = self.lost_label_tokens / self.given_label_tokens
+            line += f"; {self.lost_label_tokens:,} label tokens lost ({share:.2%})"
         return line
+
+    def described(self) -> str:
+        """What the rows were found to be."""
+        return ", ".join(
+            f"{keys} ({count:,})" if len(self.formats) > 1 else keys for keys, count in self.formats.items()
+        )
 
 
 def to_prompt_response(row: Row, *, number: int | None = None) -> tuple[str | None, str]:
-    """Find the prompt and the response of a row in any accepted format.
+    """The prompt and the response of a row that is such a pair; (None, text) of a plain text.
 
     Args:
-        row: alpaca (`instruction`, optional `input`, `output`), `Instruction`/`Response`, `prompt`/`completion`,
-            `question`/`answer`, or a plain `text`.
+        row: see `ibft.data.formats`.
         number: row number for the message, from 1.
 
     Returns:
-        (prompt, response); with alpaca's `input`, prompt = instruction + "\\n" + input. (None, text) of a plain text.
+        (prompt, response); with alpaca's `input`, prompt = instruction + "\\n" + input.
 
     Raises:
-        DataError: the keys are missing or their values are no strings.
+        DataError: unknown keys, values of another kind, or a conversation.
     """
     where = "a row" if number is None else f"row {number}"
-    for prompt_key, response_keys in FORMATS:
-        response_key = next((key for key in response_keys if key in row), None)
-        if prompt_key not in row or response_key is None:
-            continue
-        prompt, response = (_text(row, key, where) for key in (prompt_key, response_key))
-        if prompt_key == "instruction" and row.get("input") is not None:  # parquet writes absent fields as null
-            extra = _text(row, "input", where)
-            prompt += "\n" + extra if extra else ""
-        return prompt, response
-    if "text" in row:
-        return None, _text(row, "text", where)
-    raise DataError(f"{where} has the keys {', '.join(map(str, row)) or '(none)'}; expected {ACCEPTED_KEYS}")
+    content, keys = read_row(row, where)
+    if isinstance(content, Text):
+        return None, content.text
+    if isinstance(content, Chat):
+        content = as_pair(content, where)
+    if isinstance(content, Tokens):
+        raise DataError(f"{where} holds {keys}, expected a prompt and a response, or a text")
+    return content.prompt, content.response
 
 
-def _text(row: Row, key: str, where: str) -> str:
-    value = row[key]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key} is {type(value).__name__}, expected a string")
-    return value
+def encode_prompts(prompts: Sequence[str], tokenizer: Any, template: Template = RELEASED) -> list[list[int]]:
+    """Ids of each prompt as the template frames it, no special tokens but its own: the same in training and at
+    generation."""
+    if template.for_chats:
+        texts = [chat_prompt(prompt, template, tokenizer) for prompt in prompts]
+    else:
+        row = {"instruction": "", "output": ""}
+        texts = [template.prompt(Pair(prompt, "", prompt), row | {"instruction": prompt}) for prompt in prompts]
+    return _ids(tokenizer, texts)
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of each prompt + "\\n", no special tokens: the same in training and at generation."""
-    return _ids(tokenizer, [prompt + SEPARATOR for prompt in prompts])
+def chat_prompt(prompt: str, template: Template, tokenizer: Any) -> str:
+    from ibft.data.templates import render
+
+    return render([{"role": "user", "content": prompt}], template, tokenizer, "a prompt", ask=True)
 
 
 def encode_rows(
@@ -129,59 +140,202 @@ def encode_rows(
     *,
     max_length: int,
     add_eos: bool = True,
+    template: str = "auto",
+    labels: Taught = "assistant",
+    truncation: Truncation = "right",
+    fields: Mapping[str, str] | None = None,
+    keep_empty: bool = False,
     progress: Progress | None = None,
 ) -> EncodedData:
-    """Tokenise rows, cut them on the right to `max_length` tokens, and leave out those with no label token.
+    """Tokenise rows, fit them into `max_length` tokens, and leave out those with no label token.
 
     Args:
-        rows: see `to_prompt_response`.
+        rows: see `ibft.data.formats`.
         tokenizer: a Hugging Face tokenizer.
         max_length: tokens a sample may have, EOS included; at least 2, since the first token is never a label.
-        add_eos: append the EOS id and teach it (a label like any other, also where the pad id is the same).
+        add_eos: append the EOS id and teach it (a label like any other, also where the pad id is the same). After a
+            conversation only where its template writes nothing after the last turn.
+        template: see `ibft.data.templates`; auto: released, and chat for conversations.
+        labels: response: the last one; assistant: every turn of the assistant; all: every token but the first.
+        truncation: of what is longer: cut on the right or the left, drop, or split into samples of max_length.
+        fields: see `ibft.data.formats.rename`; None: the rows' own keys.
+        keep_empty: keep rows with an empty response, which teach EOS alone.
         progress: called with (rows done, rows in all) now and then.
 
     Raises:
         ValueError: max_length is below 2.
-        SetupError: add_eos with a tokenizer that has no EOS token.
-        DataError: a malformed row, or no sample left.
+        ConfigError: see `choose_template`.
+        DataError: a malformed row, a tokenizer without the EOS token to teach, or no sample left.
     """
     if max_length < 2:
         raise ValueError(f"max_length: got {max_length}, expected at least 2")
-    eos = [] if not add_eos else [tokenizer.eos_token_id]
-    if None in eos:
-        raise SetupError("the tokenizer has no EOS token to teach: give it one, or turn EOS off")
+    if add_eos and tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token to teach: expected one that has, or data.add_eos=false")
+    encoder = Encoder(tokenizer, template, labels, add_eos)
+    empty: list[int] = []  # rows, from 1
+    counts: Counter[str] = Counter()
 
-    samples: list[Sample] = []
-    dropped = truncated = lost = 0
-    for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = rows[start : start + CHUNK_ROWS]
-        texts = [to_prompt_response(row, number=start + offset) for offset, row in enumerate(chunk, start=1)]
-        for prompt, response in _encode_texts(texts, tokenizer):
-            whole = Sample(prompt + response + eos, len(prompt))
-            sample = Sample(whole.input_ids[:max_length], len(prompt))
-            lost += whole.num_labels - sample.num_labels
-            if sample.num_labels == 0:
-                dropped += 1
-                continue
-            truncated += len(whole.input_ids) > max_length
-            samples.append(sample)
-        if progress is not None:
-            progress(start + len(chunk), len(rows))
-    if not samples:
+    def fitted() -> Iterator[tuple[int, Sample]]:
+        for start in range(0, len(rows), CHUNK_ROWS):
+            chunk = rows[start : start + CHUNK_ROWS]
+            wheres = [f"row {number}" for number in range(start + 1, start + len(chunk) + 1)]
+            if fields:
+                chunk = [rename(row, fields, where) for row, where in zip(chunk, wheres, strict=True)]
+            for number, (sample, is_empty) in enumerate(encoder.encode(chunk, wheres), start):
+                if is_empty and not keep_empty:
+                    empty.append(number + 1)
+                    continue
+                kept = list(fit(sample, max_length, truncation))
+                left = sum(each.num_labels for each in kept)
+                counts["given"] += sample.num_labels
+                counts["lost"] += sample.num_labels - left
+                counts["dropped"] += not kept
+                counts["split"] += max(len(kept) - 1, 0)
+                counts["truncated"] += bool(kept) and sum(len(each.input_ids) for each in kept) < len(sample.input_ids)
+                yield from ((number, each) for each in kept)
+            if progress is not None:
+                progress(start + len(chunk), len(rows))
+
+    store = SampleStore.of(fitted())
+    if not len(store):
+        if len(empty) == len(rows):
+            raise DataError(f"no sample left: row {empty[0]} and all others have an empty response")
         raise DataError(
             f"no sample left: none of the {len(rows):,} rows has a label token within max_length = {max_length}"
         )
-    return EncodedData(samples, rows=len(rows), dropped=dropped, truncated=truncated, lost_label_tokens=lost)
+    return EncodedData(
+        store, rows=len(rows), dropped=counts["dropped"], truncated=counts["truncated"], split=counts["split"],
+        empty=len(empty), first_empty=empty[0] if empty else None, lost_label_tokens=counts["lost"],
+        given_label_tokens=counts["given"], formats=dict(encoder.formats),
+    )  # fmt: skip
 
 
-def _encode_texts(texts: Sequence[tuple[str | None, str]], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids of prompt and response of each; a plain text is all response, and nothing stands before it."""
-    pairs = [(prompt, response) for prompt, response in texts if prompt is not None]
-    prompts = iter(encode_prompts([prompt for prompt, _ in pairs], tokenizer))
-    responses = iter(_response_ids(tokenizer, [response for _, response in pairs]))
-    plain = iter(_ids(tokenizer, [response for prompt, response in texts if prompt is None]))
-    for prompt, _ in texts:
-        yield ([], next(plain)) if prompt is None else (next(prompts), next(responses))
+def fit(sample: Sample, max_length: int, truncation: Truncation) -> Iterator[Sample]:
+    """What is left of a sample: those parts that have a label."""
+    length = len(sample.input_ids)
+    if length <= max_length:
+        parts = [sample]
+    elif truncation == "drop":
+        parts = []
+    elif truncation == "split":
+        parts = [sample.window(start, min(start + max_length, length)) for start in range(0, length, max_length)]
+    else:
+        start = 0 if truncation == "right" else length - max_length
+        parts = [sample.window(start, start + max_length)]
+    return (part for part in parts if part.num_labels > 0)
+
+
+def as_pair(chat: Chat, where: str) -> Pair:
+    """A conversation of one question and one answer, with or without a system's message before."""
+    roles = [message["role"] for message in chat.messages]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise DataError(
+            f"{where} is a conversation ({', '.join(roles)}); expected one question and one answer, "
+            "or data.template=chat"
+        )
+    *asked, answer = (message["content"] for message in chat.messages)
+    prompt = "\n".join(asked)
+    return Pair(prompt, answer, prompt)
+
+
+def as_chat(pair: Pair) -> Chat:
+    return Chat(({"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.response}))
+
+
+class Encoder:
+    """Rows to samples, not yet fitted. formats: rows by the keys that they were found by."""
+
+    def __init__(self, tokenizer: Any, template: str, labels: Taught, add_eos: bool) -> None:
+        self.tokenizer, self.labels = tokenizer, labels
+        self.eos: list[int] = [tokenizer.eos_token_id] if add_eos else []
+        self.formats: Counter[str] = Counter()
+        self._named = None if template == "auto" else choose_template(template, tokenizer)
+
+    def template_for(self, content: Content) -> Template:
+        if self._named is not None:
+            return self._named
+        if isinstance(content, Chat):  # refused where there is none
+            self._chat: Template = getattr(self, "_chat", None) or choose_template("chat", self.tokenizer)
+            return self._chat
+        return RELEASED
+
+    def encode(self, rows: Sequence[Row], wheres: Sequence[str]) -> Iterator[tuple[Sample, bool]]:
+        """Of each row its sample, and whether its response is empty."""
+        made: dict[int, Sample] = {}
+        pairs: dict[int, tuple[str, str]] = {}  # what stands before the response, and that
+        texts: dict[int, str] = {}
+        chats: dict[int, tuple[str, list[Span]]] = {}
+        empty: set[int] = set()
+        for i, (row, where) in enumerate(zip(rows, wheres, strict=True)):
+            content, keys = read_row(row, where)
+            self.formats[keys] += 1
+            template = self.template_for(content)
+            if isinstance(content, Pair) and template.for_chats:
+                content = as_chat(content)
+            elif isinstance(content, Chat) and not template.for_chats:
+                content = as_pair(content, where)
+            match content:
+                case Tokens():
+                    made[i], said = Sample.of_mask(content.input_ids, content.taught), "."
+                case Text(said):
+                    texts[i] = said
+                case Pair():
+                    pairs[i], said = (template.prompt(content, row, where), content.response), content.response
+                case Chat():
+                    chats[i] = write_chat(content, template, self.tokenizer, self.labels, where)
+                    said = "".join(m["content"] for m in content.messages if m["role"] == "assistant")
+            empty |= {i} if not said else set()
+        prompts = _ids(self.tokenizer, [prompt for prompt, _ in pairs.values()])
+        responses = _response_ids(self.tokenizer, [response for _, response in pairs.values()]) if pairs else []
+        for i, prompt, response in zip(pairs, prompts, responses, strict=True):
+            made[i] = Sample(prompt + response + self.eos, 0 if self.labels == "all" else len(prompt))
+        for i, ids in zip(texts, _ids(self.tokenizer, list(texts.values())), strict=True):
+            made[i] = Sample(ids + self.eos, 0)
+        made |= zip(chats, self._chats(list(chats.values())), strict=True)
+        return ((made[i], i in empty) for i in range(len(rows)))
+
+    def _chats(self, written: Sequence[tuple[str, list[Span]]]) -> Iterator[Sample]:
+        fast = len(written) > 0 and self.tokenizer.is_fast
+        found = self.tokenizer(
+            [text for text, _ in written], add_special_tokens=False, verbose=False, return_offsets_mapping=True
+        ) if fast else None  # fmt: skip
+        for k, (text, spans) in enumerate(written):
+            taught = taught_tokens(found["offset_mapping"][k], spans) if found else None
+            if found is None or taught is None:
+                ids, taught = self._in_pieces(text, spans)
+            else:
+                ids = found["input_ids"][k]
+            yield Sample.of_mask(*self._ended(ids, taught))
+
+    def _ended(self, ids: list[int], taught: list[bool]) -> tuple[list[int], list[bool]]:
+        """With EOS in place of the white space after the last turn, where the template has no end mark of its own."""
+        end = max((i + 1 for i, one in enumerate(taught) if one), default=0)
+        while end and self.tokenizer.decode(ids[end - 1 : end]).isspace():
+            end -= 1
+        marks = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        if not self.eos or not end or ids[end - 1] in marks or self.tokenizer.decode(ids[end:]).strip():
+            return ids, taught
+        return ids[:end] + self.eos, [*taught[:end], True]
+
+    def _in_pieces(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        edges = [0, *(edge for span in spans for edge in span), len(text)]
+        pieces = [(text[a:b], bool(i % 2)) for i, (a, b) in enumerate(pairwise(edges)) if a < b]
+        ids = _ids(self.tokenizer, [piece for piece, _ in pieces])
+        flat = [(token, taught) for tokens, (_, taught) in zip(ids, pieces, strict=True) for token in tokens]
+        return [token for token, _ in flat], [taught for _, taught in flat]
+
+
+def taught_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool] | None:
+    """Of each token, whether it lies within one of the spans; None where one lies across an edge."""
+    places = np.asarray(offsets).reshape(-1, 2)
+    taught = np.zeros(len(places), dtype=bool)
+    for start, end in spans:
+        inside = (places[:, 0] >= start) & (places[:, 1] <= end) & (places[:, 0] < places[:, 1])
+        touched = (places[:, 0] < end) & (places[:, 1] > start)
+        if (inside != touched).any():
+            return None
+        taught |= inside
+    return taught.tolist()
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibft.data.encode import SEPARATOR, encode_prompts
+from ibft.data.encode import RELEASED, encode_prompts
+from ibft.data.templates import SEPARATOR, Template
 from ibft.evaluation.prompts import extract_code as extract_code  # goes with `generate`
 
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all)
@@ -27,6 +28,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
+    template: Template = RELEASED,
     progress: Progress | None = None,
 ) -> list[str]:
     """Complete each prompt greedily, up to EOS or `max_new_tokens` tokens.
@@ -40,6 +42,7 @@ def generate(
         prompts: texts without the separator.
         max_new_tokens: length limit of a completion.
         batch_size: prompts at once, left-padded; prompts of like length go together.
+        template: how a prompt is framed, as in training.
         progress: called with (prompts done, prompts in all) after each batch.
 
     Returns:
@@ -50,7 +53,7 @@ def generate(
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size: got {max_new_tokens} and {batch_size}, expected 1 or more")
-    prompt_ids = encode_prompts(prompts, tokenizer)
+    prompt_ids = encode_prompts(prompts, tokenizer, template)
     stop_ids = stop_ids_of(model, tokenizer)
     completions = [""] * len(prompts)
     # Longest first: memory runs out in the first batch or not at all.

@@ -6,7 +6,7 @@ from tiny_models import random_samples, randomise_lora, tiny_model_config
 from torch import nn
 
 from ibft.analysis.hidden_states import pooled_states
-from ibft.data.encode import Sample
+from ibft.data.samples import Sample
 from ibft.errors import ConfigError
 
 LENGTHS = [9, 23, 4, 17, 17, 2, 30]

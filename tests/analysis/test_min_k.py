@@ -13,7 +13,7 @@ from tiny_models import VOCAB, random_samples, tiny_model_config
 
 from ibft.analysis.min_k import auc, lowest_count, min_k, min_k_pp, overlap_coefficient
 from ibft.analysis.token_scores import plan_batches, score_batch, score_logits
-from ibft.data.encode import Sample
+from ibft.data.samples import Sample
 
 LOG_PROBS = [-1.0, -4.0, -0.5, -2.0, -3.0]
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibft.data.collate import Batch, collate, num_steps_per_epoch, steps_of_epoch
-from ibft.data.encode import EncodedData, Sample
+from ibft.data.encode import EncodedData
+from ibft.data.samples import Sample
 
 PAD = 0
 MAX_LENGTH = 12
@@ -21,7 +22,7 @@ def datasets(draw) -> EncodedData:
     for length, prompt_length in sizes:
         samples.append(Sample(list(range(next_id, next_id + length)), prompt_length))
         next_id += length
-    return EncodedData(samples)
+    return EncodedData.of(samples)
 
 
 def epoch_steps(data: EncodedData, *, micro_rows=2, accumulation=2, packing=False, **changes) -> list[list[Batch]]:
@@ -235,7 +236,7 @@ def test_resuming_gives_the_same_steps(data, packing, start):
 
 
 def test_epochs_differ_and_evaluation_keeps_the_order():
-    data = EncodedData([Sample([i, i], 1) for i in range(1, 30)])
+    data = EncodedData.of([Sample([i, i], 1) for i in range(1, 30)])
 
     def firsts(**changes):
         return [b.input_ids[0, 0].item() for step in epoch_steps(data, micro_rows=1, **changes) for b in step]
@@ -256,7 +257,7 @@ def test_epochs_differ_and_evaluation_keeps_the_order():
 )
 def test_steps_refuse(changes, message):
     with pytest.raises(ValueError, match=message):
-        epoch_steps(EncodedData([Sample([1, 2], 1)]), **changes)
+        epoch_steps(EncodedData.of([Sample([1, 2], 1)]), **changes)
 
 
 def test_transformers_keeps_packed_samples_apart():

@@ -61,7 +61,7 @@ def test_a_run_takes_them_before_max_samples(tmp_path):
     from tiny_models import FakeTokenizer
 
     from ibft.console import Console
-    from ibft.run import load_data
+    from ibft.data.prepare import load_data
 
     class Letters(FakeTokenizer):
         def __call__(self, texts, **_):
@@ -70,7 +70,7 @@ def test_a_run_takes_them_before_max_samples(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     drop = save(tmp_path / "drop", [0, 3], data_sha256=hash_rows(ROWS))
-    settings = DataConfig(path=str(path), drop_ids=drop, max_samples=3, val_size=0)
+    settings = DataConfig(path=str(path), drop_ids=drop, max_samples=3, val_size=0, cache=False)
     console = Console()
     console.rich = Rich(quiet=True)
     config = Config.model_construct(**dict(Config()) | {"data": settings})

@@ -1,0 +1,159 @@
+"""The data of a run: rows chosen, encoded, split into training and held-out samples; from the cache if it has them."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ibft.config import BUNDLED, Config, DataConfig
+from ibft.console import Console
+from ibft.data import cache
+from ibft.data.encode import EncodedData, encode_rows
+from ibft.data.ids import choose_rows, hash_rows
+from ibft.data.sources import Row, files_of, load_rows
+from ibft.errors import DataError
+
+MAX_HELD_OUT = 512
+# settings of data that decide what `encode_rows` is given and does
+DECIDING = (
+    "max_length", "add_eos", "template", "labels", "truncation", "max_samples", "decontaminate", "deduplicate",
+)  # fmt: skip
+
+
+@dataclass
+class Datasets:
+    """sha256: of the training rows (`ibft.data.ids.hash_rows`)."""
+
+    train: EncodedData
+    held_out: EncodedData | None
+    sha256: str
+
+
+def load_data(config: Config, tokenizer: Any, console: Console) -> Datasets:
+    """Training and held-out rows, encoded.
+
+    Raises:
+        DataError: missing, malformed, empty, or no row with a label.
+    """
+    from ibft.tiny import task_file
+
+    settings = config.data
+    train_path = str(task_file("train")) if settings.path == BUNDLED else settings.path
+    train, digest = prepare(train_path, settings, tokenizer, console, "training data", chosen=True)
+    held_out = None
+    if settings.eval_path is not None or settings.path == BUNDLED:
+        path = str(task_file("validation")) if settings.eval_path in (None, BUNDLED) else str(settings.eval_path)
+        held_out, _ = prepare(path, settings, tokenizer, console, "held-out data")
+    elif settings.val_size > 0 and len(train.samples) > 1:
+        count = min(max(1, round(settings.val_size * len(train.samples))), MAX_HELD_OUT, len(train.samples) - 1)
+        train, held_out = hold_out(train, count)
+        console.data("held-out data", f"{count} of these samples, drawn at random (data.val_size)")
+    return Datasets(train, held_out, digest)
+
+
+def prepare(
+    path: str, settings: DataConfig, tokenizer: Any, console: Console, what: str, *, chosen: bool = False
+) -> tuple[EncodedData, str]:
+    """The rows of a file or hub id, encoded, and their hash. chosen: those that `data` keeps of the training rows."""
+    bundled = settings.path == BUNDLED
+    key = None if bundled or not settings.cache else key_for(path, settings, tokenizer, chosen=chosen)
+    found = cache.read(key) if key else None
+    if found is not None:
+        data, more = found
+        notes, digest = more["notes"], more["sha256"]
+    else:
+        rows = load_rows(path, split=settings.split)
+        given = len(rows)
+        notes = []
+        if chosen:
+            rows, notes = choose(rows, settings)
+        digest = hash_rows(rows)
+        with console.progress(f"tokenising {what}", len(rows)) as advance:
+            data = encode_rows(
+                rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos, template=settings.template,
+                labels=settings.labels, truncation=settings.truncation, fields=settings.fields.given(),
+                progress=advance,
+            )  # fmt: skip
+        if len(rows) < given:
+            notes.insert(0, f"{len(rows):,} of {given:,} rows ({', '.join(chosen_by(settings))})")
+        if key and (fault := cache.write(key, data, {"notes": notes, "sha256": digest})):
+            console.notice(f"the encoded data could not be cached: {fault}")
+    for note in notes:
+        console.data("rows", note)
+    cached = " (cached)" if found is not None else ""
+    if chosen:
+        console.data("format", f"{data.described()}; template {settings.template}, labels: {settings.labels}")
+    console.data(what, data.summary() + cached)
+    return data, digest
+
+
+def choose(rows: Sequence[Row], settings: DataConfig) -> tuple[list[Row], list[str]]:
+    """The rows that are left by ids, duplicates, decontamination and max_samples, and what there is to say."""
+    left = choose_rows(rows, settings.path, keep=settings.keep_ids, drop=settings.drop_ids)
+    notes = []
+    if settings.decontaminate or settings.deduplicate:
+        from ibft.data.decontaminate import rows_to_drop
+
+        drops = rows_to_drop(
+            left, settings.decontaminate, deduplicate=settings.deduplicate, option="data.decontaminate"
+        )
+        gone = drops.contaminated | drops.duplicates
+        if len(gone) == len(left):
+            raise DataError(f"data.decontaminate and data.deduplicate leave no row of {settings.path}")
+        left = [row for number, row in enumerate(left) if number not in gone]
+        notes.append(drops.summary)
+    return left[: settings.max_samples], notes
+
+
+def chosen_by(settings: DataConfig) -> list[str]:
+    names = ("keep_ids", "drop_ids", "decontaminate", "deduplicate", "max_samples")
+    return [f"data.{name}" for name in names if getattr(settings, name)]
+
+
+def key_for(path: str, settings: DataConfig, tokenizer: Any, *, chosen: bool) -> str | None:
+    """Of the cache; None where it is not known what the rows are before they are loaded."""
+    files = files_of(path, split=settings.split)
+    content = [hub_fingerprint(path, settings.split)] if files is None else [hash_of(file) for file in files]
+    if None in content:
+        return None
+    named = [settings.keep_ids, settings.drop_ids, *settings.decontaminate] if chosen else []
+    template = Path(settings.template).expanduser()
+    return cache.key_of({
+        "content": content, "split": settings.split, "tokenizer": cache.tokenizer_key(tokenizer),
+        "settings": {name: getattr(settings, name) for name in DECIDING}, "fields": settings.fields.given(),
+        "chosen": chosen, "template": hash_of(template) if template.suffix else None,
+        "files": [name and hash_of(Path(name.rpartition("=")[2]).expanduser()) for name in named],
+    })  # fmt: skip
+
+
+def hash_of(file: Path) -> str | None:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:  # whoever reads it says so
+        return None
+
+
+def hub_fingerprint(path: str, split: str) -> str | None:
+    """Of the data set as `datasets` has it on disk. None: it cannot be loaded; `load_rows` says why."""
+    from datasets import load_dataset
+
+    name, _, configuration = path.partition(":")
+    try:
+        return str(load_dataset(name, configuration or None, split=split)._fingerprint)
+    except Exception:
+        return None
+
+
+def hold_out(data: EncodedData, count: int) -> tuple[EncodedData, EncodedData]:
+    """Samples split into (the rest, `count` drawn at random); always the same draw, whatever the run's seed."""
+    shuffled = torch.randperm(len(data.samples), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = set(shuffled[:count])
+    kept = [number for number in range(len(shuffled)) if number not in chosen]
+    return tuple(  # type: ignore[return-value]
+        dataclasses.replace(data, samples=data.samples.select(numbers)) for numbers in (kept, sorted(chosen))
+    )

@@ -1,0 +1,76 @@
+"""Rows by their keys."""
+
+import pytest
+
+from ibft.data.formats import ROLES, Chat, Pair, Text, Tokens, read_row, rename
+from ibft.errors import DataError
+
+TURNS = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+
+
+@pytest.mark.parametrize(
+    ("row", "content", "keys"),
+    [
+        ({"instruction": "p", "input": "", "output": "r"}, Pair("p", "r", "p"), "instruction + input + output"),
+        (
+            {"instruction": "p", "input": "x", "output": "r"},
+            Pair("p\nx", "r", "p", "x"),
+            "instruction + input + output",
+        ),
+        ({"instruction": "p", "response": "r"}, Pair("p", "r", "p"), "instruction + response"),
+        ({"Instruction": "p", "Response": "r"}, Pair("p", "r", "p"), "Instruction + Response"),
+        ({"question": "p", "answer": "r"}, Pair("p", "r", "p"), "question + answer"),
+        ({"text": "t", "messages": list(TURNS)}, Chat(TURNS), "messages"),
+        ({"text": "t"}, Text("t"), "text"),
+        ({"input_ids": [1, 2]}, Tokens([1, 2], [True, True]), "input_ids"),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, Tokens([1, 2], [False, True]), "input_ids"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            Chat(TURNS),
+            "conversations",
+        ),
+        (
+            {"prompt": [TURNS[0]], "completion": [TURNS[1]]},
+            Chat(TURNS, taught_from=1),
+            "prompt + completion (messages)",
+        ),
+    ],
+)
+def test_what_a_row_says(row, content, keys):
+    assert read_row(row) == (content, keys)
+
+
+def test_roles_of_sharegpt_are_those_of_chat_templates():
+    assert set(ROLES.values()) == {"user", "assistant", "system", "tool"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"query": "x"}, "row 7 has the keys query; expected instruction + output|response|completion; "),
+        ({"messages": []}, "row 7: messages is a list of 0, expected a list of messages"),
+        ({"messages": "hello"}, "row 7: messages is str, expected a list of messages"),
+        ({"messages": ["hello"]}, "row 7: messages, message 1 is str, expected an object with role and content"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 has the role 'robot', expected one of human, "),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1: content is NoneType, expected a string"),
+        ({"conversations": [{"from": "gpt"}]}, "message 1: value is NoneType, expected a string"),
+        ({"messages": [TURNS[0]]}, "row 7: messages holds no answer of the assistant, so nothing to teach"),
+        ({"messages": [TURNS[1]]}, "row 7: messages holds no answer of the assistant, so nothing to teach"),
+        ({"input_ids": "abc"}, "row 7: input_ids is str, expected a list of token ids"),
+        ({"input_ids": []}, "row 7: input_ids is a list of 0"),
+        ({"input_ids": [1, -1]}, "row 7: input_ids is a list of 2, expected a list of token ids, 0 or more"),
+        ({"input_ids": [1, 2], "labels": [1]}, "row 7: labels is a list of 1, expected a list as long as input_ids"),
+        ({"input_ids": [1, 2], "labels": [2, 3]}, "labels[0] is 2, expected input_ids[0] = 1 or -100 (labels are not"),
+    ],
+)
+def test_rows_refused(row, said):
+    with pytest.raises(DataError) as caught:
+        read_row(row, "row 7")
+    assert said in str(caught.value)
+
+
+def test_named_fields():
+    fields = {"instruction": "q", "output": "a"}
+    assert rename({"q": "p", "a": "r", "output": "no"}, fields, "row 1") == {"instruction": "p", "output": "r"}
+    with pytest.raises(DataError, match=r"row 2 has no 'a' \(data.fields\); it has the keys q, b"):
+        rename({"q": "p", "b": "r"}, fields, "row 2")

@@ -1,0 +1,184 @@
+"""The data of a run: what is chosen, the cache, and what a second start does not do again."""
+
+import json
+import multiprocessing
+import time
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from ibft.console import Console
+from ibft.data import cache, prepare
+from ibft.data.prepare import load_data
+from ibft.errors import DataError
+from ibft.load_config import load_config
+from ibft.tiny import BASE_DIR
+
+ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(40)]
+
+
+@pytest.fixture
+def data_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("IBFT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BASE_DIR)
+
+
+def load(path, tokenizer, *overrides):
+    config, _ = load_config(None, [f"data.path={path}", "data.max_length=128", "data.val_size=0", *overrides])
+    return load_data(config, tokenizer, Console())
+
+
+def cached(tmp_path):
+    return sorted(folder.name for folder in (tmp_path / "cache" / "data").glob("*"))
+
+
+def no_tokenizing(monkeypatch):
+    monkeypatch.setattr(prepare, "encode_rows", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr(prepare, "load_rows", lambda *_, **__: pytest.fail("read again"))
+
+
+def test_a_second_start_reads_the_cache(data_file, tokenizer, monkeypatch, capsys):
+    first = load(data_file, tokenizer)
+    assert "format: instruction + output; template auto, labels: assistant" in capsys.readouterr().out
+    no_tokenizing(monkeypatch)
+    second = load(data_file, tokenizer)
+    out = capsys.readouterr().out
+    assert "40 samples" in out
+    assert "(cached)" in out
+    assert "format: instruction + output" in out
+    assert list(second.train.samples) == list(first.train.samples)
+    assert second.sha256 == first.sha256
+    assert second.train.summary() == first.train.summary()
+
+
+def test_without_the_cache_nothing_is_kept(data_file, tokenizer, tmp_path):
+    load(data_file, tokenizer, "data.cache=false")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data.max_length=32", "data.add_eos=false", "data.template=alpaca", "data.labels=all", "data.truncation=drop",
+        "data.max_samples=7", "data.deduplicate=true", "data.fields={prompt: output, response: instruction}",
+    ],
+)  # fmt: skip
+def test_what_changes_the_samples_changes_the_key(data_file, tokenizer, tmp_path, change):
+    load(data_file, tokenizer)
+    load(data_file, tokenizer, change)
+    assert len(cached(tmp_path)) == 2
+
+
+def test_content_ids_template_and_tokenizer_are_in_the_key(data_file, tokenizer, tmp_path):
+    ids, template = tmp_path / "ids.json", tmp_path / "t.jinja"
+    for k, text in enumerate(("{{ prompt }}:", "{{ prompt }};")):
+        template.write_text(text)
+        load(data_file, tokenizer, f"data.template={template}")
+        ids.write_text(json.dumps({"ids": [k]}))
+        load(data_file, tokenizer, f"data.drop_ids={ids}")
+    assert len(cached(tmp_path)) == 4
+    other = AutoTokenizer.from_pretrained(BASE_DIR)
+    other.add_tokens(["question"])
+    load(data_file, other)
+    data_file.write_text(json.dumps(ROWS[0]) + "\n")
+    assert len(load(data_file, tokenizer).train.samples) == 1
+    assert len(cached(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "no meta", "meta of another kind"])
+def test_a_damaged_cache_is_made_again(data_file, tokenizer, tmp_path, harm):
+    first = load(data_file, tokenizer)
+    (key,) = cached(tmp_path)
+    folder = tmp_path / "cache" / "data" / key
+    ids = (folder / "ids.npy").read_bytes()
+    match harm:
+        case "cut":
+            (folder / "ids.npy").write_bytes(ids[:-8])
+        case "flipped":
+            (folder / "ids.npy").write_bytes(ids[:-1] + bytes([ids[-1] ^ 1]))
+        case "no meta":
+            (folder / "meta.json").unlink()
+        case _:
+            (folder / "meta.json").write_text("[]")
+    again = load(data_file, tokenizer)
+    assert list(again.train.samples) == list(first.train.samples)
+    assert (folder / "ids.npy").read_bytes() == ids
+    assert cached(tmp_path) == [key]
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(data_file, tokenizer, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file")
+    assert len(load(data_file, tokenizer).train.samples) == 40
+    assert "note: the encoded data could not be cached: " in capsys.readouterr().out
+
+
+def test_faults_leave_nothing_behind(data_file, tokenizer, tmp_path):
+    data_file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": 3}\n')
+    with pytest.raises(DataError, match="row 2: output is int, expected a string"):
+        load(data_file, tokenizer)
+    assert not (tmp_path / "cache").exists()
+
+
+def many_times(key, barrier, folder):
+    import os
+
+    os.environ["IBFT_CACHE"] = folder
+    from ibft.data.encode import EncodedData
+    from ibft.data.samples import Sample
+
+    data = EncodedData.of([Sample(list(range(1000)), 3)] * 50)
+    barrier.wait()
+    for _ in range(20):
+        fault = cache.write(key, data, {"notes": []})
+        assert fault is None, fault
+        found = cache.read(key)
+        assert found is not None
+        assert found[0].num_tokens == 50_000
+
+
+def test_two_processes_with_one_key(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    both = [context.Process(target=many_times, args=("k" * 64, barrier, str(tmp_path))) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == ["k" * 64]
+
+
+def test_equal_rows_once(data_file, tokenizer, capsys):
+    data_file.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:3], ROWS[1], ROWS[0]]))
+    data = load(data_file, tokenizer, "data.deduplicate=true")
+    assert data.train.samples.rows.tolist() == [0, 1, 2]
+    assert "rows: 3 of 5 rows (data.deduplicate)" in capsys.readouterr().out
+
+
+def test_held_out_samples_are_the_same_each_time(data_file, tokenizer):
+    a, b = (load(data_file, tokenizer, "data.val_size=0.2", "data.cache=false") for _ in range(2))
+    assert len(a.held_out.samples) == 8
+    assert list(a.held_out.samples) == list(b.held_out.samples)
+    both = np.concatenate([a.train.samples.rows, a.held_out.samples.rows])
+    assert sorted(both.tolist()) == list(range(40))
+
+
+def test_a_second_start_of_many_rows_is_fast(data_file, tokenizer, monkeypatch):
+    """A smaller kind of the 200,000 rows of benchmarks: reading is far quicker than making."""
+    data_file.write_text(
+        "".join(json.dumps({"prompt": f"p {i} " * 30, "response": "r " * 60}) + "\n" for i in range(4000))
+    )
+    times = []
+    for _ in range(2):
+        started = time.process_time()
+        load(data_file, tokenizer)
+        times.append(time.process_time() - started)
+    assert times[1] < times[0] / 4
