@@ -34,7 +34,7 @@ Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)
 ]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenise again (data.cache=false).")]
-CACHE_OFF = ("data.cache=false",)
+CACHE_OFF, DETERMINISTIC = ("data.cache=false",), ("runtime.deterministic=true",)
 PREVIEWED_ROWS = 2000
 
 
@@ -45,6 +45,15 @@ def train(
         Path | None, typer.Option("-o", "--out", help="Run directory; default runs/<time>.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on from the newest whole checkpoint of -o; never; or a checkpoint's path.")
+    ] = "never",
+    force_resume: Annotated[
+        bool, typer.Option("--force-resume", help="Go on though configuration, data, tokenizer or base differ.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits each time (runtime.deterministic=true).")
+    ] = False,
     no_cache: NoCache = False,
     debug: Debug = False,
 ) -> None:
@@ -54,13 +63,14 @@ def train(
     `ibft-fast train model.name_or_path=Qwen/Qwen2.5-Coder-1.5B data.path=rows.jsonl`.
 
     Exit codes: 0 done, 2 configuration, 3 data, 4 environment, 5 non-finite loss,
-    6 out of memory, 130/143 interrupted and saved.
+    6 out of memory, 130/143 interrupted and saved (`--resume auto -o RUN` goes on).
     """
     with one_line_errors(debug):
-        config, notices = _configure(arguments, CACHE_OFF if no_cache else [])
+        options = [*(CACHE_OFF if no_cache else ()), *(DETERMINISTIC if deterministic else ())]
+        config, notices = _configure(arguments, options)
         from ibft.run import run_training
 
-        code = run_training(config, out, dry_run=dry_run, notices=notices)
+        code = run_training(config, out, dry_run=dry_run, resume=resume, force_resume=force_resume, notices=notices)
     raise typer.Exit(code)
 
 
@@ -101,7 +111,7 @@ def decontaminate(
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Of a hub data set or bundled:tiny.")] = "train",
-    n: Annotated[int, typer.Option("-n", help="Words in a row that a row shares with a problem.")] = 10,
+    n: Annotated[int, typer.Option("-n", help="Words in a row that a row shares with a problem.")] = 13,
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="File of the rows to drop, for data.drop_ids.", show_default=False)
     ] = None,

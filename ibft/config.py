@@ -247,7 +247,7 @@ class EvalConfig(Section):
 
 class CheckpointConfig(Section):
     save_steps: Annotated[int, Field(ge=0)] = 0
-    """Save adapter and bottleneck every so many steps under checkpoints/; 0: only best and last."""
+    """Save a checkpoint to go on from every so many steps; 0: only when stopped, and the adapters, best and last."""
     keep_last: PositiveInt = 2
 
 
@@ -256,6 +256,8 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     memory_budget: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] | None = None
     """GiB of the device to plan for, as if it were a card of that size; default: what is free when the run starts."""
+    deterministic: bool = False
+    """torch's deterministic algorithms alone: on one machine with the same versions, the same bits each time."""
 
 
 class Config(Section):

@@ -86,7 +86,7 @@ class Trainer:
         """
         steps_per_epoch = count_steps(self.data, self.config)
         assert steps_per_epoch > 0, "encode_rows refuses data without samples"
-        self.window = Window(self.accelerator.device)  # the clock starts here, not at the building of the trainer
+        self.window.restart()  # the clock starts here, not at the building of the trainer
         self.between_steps(steps_per_epoch)  # what a stop has kept from being done after the last one
         while self.step < self.total_steps and not self.interrupted:
             for micro_batches in self.batches(self.data, epoch=self.epoch, start=self.index):
@@ -381,6 +381,9 @@ class Window:
         self.device = device
         self.total_tokens, self.total_seconds = 0, 0.0
         self.tokens, self.start = 0, time.perf_counter()
+
+    def restart(self) -> None:
+        self.tokens, self.start = 0, self.now()
 
     def add(self, micro_batches: list[Batch]) -> None:
         self.tokens += sum(batch.num_tokens for batch in micro_batches)

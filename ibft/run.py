@@ -5,18 +5,25 @@ import math
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ibft import checkpoint
 from ibft.config import BUNDLED, Config, IBConfig, TrainConfig
-from ibft.console import Console
+from ibft.console import Console, size
 from ibft.errors import ConfigError, DataError, OutOfMemoryError, SetupError
 from ibft.memory import free_memory, peak_memory_mib
 from ibft.plan import CUDA_CONTEXT, GIB, Choice, Load, ModelShape, Setup, choose_plan
-from ibft.rundir import RunDir
+from ibft.resume import check_same_run, find_checkpoint, identity_of_base, open_run
+from ibft.rundir import RunDir, write_adapter
+from ibft.trainer_state import collect, fingerprint, restore
 from ibft.watch import Watch, solves_fewer
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP = "STOP"
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,8 +34,18 @@ if TYPE_CHECKING:
     from ibft.loop import Trainer
 
 
-def run_training(config: Config, out: Path | None, *, dry_run: bool = False, notices: list[str] | None = None) -> int:
+def run_training(
+    config: Config,
+    out: Path | None,
+    *,
+    dry_run: bool = False,
+    resume: str = "never",
+    force_resume: bool = False,
+    notices: list[str] | None = None,
+) -> int:
     """Train as configured; returns the exit code (0, or 128 + signal when interrupted and saved).
+
+    resume: never, auto or a path, see `ibft.resume`. force_resume: also where settings, data, tokenizer or base differ.
 
     Cheap refusals come first: device, model configuration, layer and data are checked before any weight is loaded.
 
@@ -42,12 +59,16 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
     console = Console()
     for notice in notices or []:
         console.notice(notice)
+    if config.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     with out_of_memory_advice():
-        run_dir = RunDir(out)
+        run_dir, resume = open_run(out, resume)
         check_trackers(config)
         device = choose_device(config)
         dtype = choose_dtype(config.train, device)
 
+        from ibft.data.cache import tokenizer_key
         from ibft.data.prepare import load_data
         from ibft.model import load_model_config, load_tokenizer, resolve_layers
 
@@ -55,6 +76,14 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
         layer = resolve_layers(config.ib.layer, base_config.num_hidden_layers) if config.ib.alpha > 0 else None
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer, console)
+        run = fingerprint(config, data.sha256, tokenizer_key(tokenizer), identity_of_base(config, base_config))
+        found, warnings = find_checkpoint(run_dir, resume)
+        state = None
+        if found is not None:
+            state = checkpoint.load(found)
+            warnings += check_same_run(found, state[1].get("run"), run, force=force_resume)
+        for warning in warnings:
+            console.notice(warning)
         tasks = load_tasks(config)
         console.header(config, layer=layer, layers=base_config.num_hidden_layers, device=device, dtype=dtype)
         if config.data.max_length > base_config.max_position_embeddings:
@@ -71,7 +100,12 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
             console.notice(notice)
         start_trackers(config, accelerator)
         run_dir.create()
+        progress = Progress(run)
         try:
+            if state is not None:
+                restore(trainer, *state)
+                progress.go_on(state[1])
+                console.line(f"resumed from {found}, after step {trainer.step} of {trainer.total_steps}")
             run_dir.write_config(config)
             run_dir.write_manifest(
                 device=device_name(device),
@@ -82,7 +116,7 @@ def run_training(config: Config, out: Path | None, *, dry_run: bool = False, not
                 ib_layer=layer,
                 memory=choice.facts(),
             )
-            return train_and_report(config, trainer, tokenizer, tasks, run_dir, console)
+            return train_and_report(config, trainer, tokenizer, tasks, run_dir, console, progress)
         except BrokenPipeError:  # whoever read our output has left: not the run folder's fault
             raise
         except OSError as error:  # a full disk, a vanished folder
@@ -96,30 +130,50 @@ def train_and_report(
     tasks: list[dict[str, Any]],
     run_dir: RunDir,
     console: Console,
+    progress: "Progress",
 ) -> int:
     """Pass@1, training, Pass@1 again; then the table."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = run_dir.rewind(trainer.step, trainer.evaluated)
     warnings: list[str] = []
     watch = Watch(config, trainer.total_steps)
+    for row in rows:  # of before a stop
+        warnings += [f"step {row['step']}: {warning}" for warning in watch.see(row)]
 
     def log(row: dict[str, Any]) -> None:
         rows.append(row)
         run_dir.log(row)
-        trainer.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        progress.track(trainer.accelerator, row, console)
         console.metrics(row)
         for warning in watch.see(row):
             warnings.append(f"step {row['step']}: {warning}")
             console.notice(f"warning: {warnings[-1]}")
 
     def save(name: str) -> None:
-        run_dir.save_adapter(name, trainer.model, trainer.objective.bottleneck, tokenizer)
-        if name.startswith("checkpoints/"):
-            run_dir.keep_last_checkpoints(config.checkpoint.keep_last)
+        bottleneck = trainer.objective.bottleneck
+        if not name.startswith("checkpoints/"):
+            run_dir.save_adapter(name, trainer.model, bottleneck, tokenizer)
+            return
+        started = time.perf_counter()
+        tensors, facts = collect(trainer)
+        folder = checkpoint.save(
+            run_dir.checkpoints, trainer.step, lambda fresh: write_adapter(fresh, trainer.model, bottleneck, tokenizer),
+            tensors, facts | progress.facts(),
+        )  # fmt: skip
+        checkpoint.keep(run_dir.checkpoints, last=config.checkpoint.keep_last)
+        taken = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        console.line(f"saved {folder}: {size(taken)} in {time.perf_counter() - started:.1f} s")
 
-    trainer.on_log, trainer.on_save = log, save
-    handlers = {number: signal.signal(number, trainer.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop = run_dir.path / STOP
+    if stop.exists():
+        console.notice(f"{stop} is of an earlier run: removed")
+        stop.unlink()
+    trainer.on_log, trainer.on_save, trainer.should_stop = log, save, stop.exists
+    handlers = {number: signal.signal(number, trainer.interrupt) for number in SIGNALS}
     try:
-        before = pass_at_1(config, trainer, tokenizer, tasks, console, "before")
+        if not progress.began:
+            progress.before = pass_at_1(config, trainer, tokenizer, tasks, console, "before")
+            progress.began = True
+        before = progress.before
         started = time.perf_counter()
         with console.progress("training", trainer.total_steps) as advance:
             trainer.on_step = lambda step, _row: advance(step)
@@ -131,7 +185,8 @@ def train_and_report(
     seconds = time.perf_counter() - started
     if trainer.interrupted:
         console.notice(
-            f"interrupted by {trainer.interrupted.name} after step {trainer.step}; saved to {run_dir.path}/adapter"
+            f"interrupted by {trainer.interrupted.name} after step {trainer.step}; saved to {run_dir.path}/adapter; "
+            f"go on with --resume auto -o {run_dir.path}"
         )
         return 128 + trainer.interrupted
     after = pass_at_1(config, trainer, tokenizer, tasks, console, "after")
@@ -385,6 +440,34 @@ def pass_at_1(
     verdicts = judge_tasks(tasks, [extract_code(completion) for completion in completions], allow_limits=unsafe)
     passed = sum(verdict.passed for verdict in verdicts)
     return {"passed": passed, "tasks": len(tasks), "value": passed / len(tasks)}
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps beside the trainer's state. run: whose it is (`ibft.trainer_state.fingerprint`)."""
+
+    run: dict[str, Any]
+    began: bool = False
+    before: dict[str, Any] | None = None
+    """Pass@1 before training."""
+    tracks: bool = True
+
+    def facts(self) -> dict[str, Any]:
+        return {"run": self.run, "began": self.began, "pass_at_1_before": self.before}
+
+    def go_on(self, facts: dict[str, Any]) -> None:
+        self.began, self.before = bool(facts.get("began")), facts.get("pass_at_1_before")
+
+    def track(self, accelerator: "Accelerator", row: dict[str, Any], console: Console) -> None:
+        """Hands a row to the trackers; one that fails is said once, and no reason to stop."""
+        if not self.tracks:
+            return
+        try:
+            accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        except Exception as error:  # whatever a tracker's own library raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            console.notice(f"the trackers (train.report_to) failed and get no more rows: {reason}")
+            self.tracks = False
 
 
 class out_of_memory_advice:

@@ -5,7 +5,8 @@
     metrics.jsonl      one JSON object a log step; evaluations have eval_* keys
     adapter/           last state: PEFT adapter, ib_bottleneck.safetensors, tokenizer
     adapter-best/      the same, lowest held-out cross-entropy
-    checkpoints/step-N/
+    checkpoints/step-N/  what a run goes on from (`ibft.checkpoint`)
+    STOP               made by anyone, ends the run as a signal does
     result.json        first and last losses, throughput, memory, Pass@1
 
 Safetensors and JSON only: no pickle is ever written or loaded.
@@ -25,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ibft.checkpoint import os_errors
 from ibft.config import Config
-from ibft.errors import ConfigError, SetupError
+from ibft.errors import ConfigError, DataError, SetupError
+from ibft.lock import hold
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from ibft.bottleneck import InformationBottleneck
 
 BOTTLENECK_FILE = "ib_bottleneck.safetensors"
+METRICS = "metrics.jsonl"
 _PACKAGES = (
     "ibft-fast",
     "torch",
@@ -52,15 +56,20 @@ _PACKAGES = (
 class RunDir:
     """Paths and writers of one run.
 
+    resumes: it may hold a run, which is gone on with.
+
     Raises:
         ConfigError: the folder already holds a run, or is a file. SetupError: it cannot be written.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, resumes: bool = False) -> None:
         self.path = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S") if path is None else path
         try:
-            if (self.path / "config.yaml").exists() or (self.path / "metrics.jsonl").exists():
-                raise ConfigError(f"{self.path} already holds a run: choose another folder with -o, or delete it")
+            self.holds_run = (self.path / "config.yaml").exists() or (self.path / "metrics.jsonl").exists()
+            if self.holds_run and not resumes:
+                raise ConfigError(
+                    f"{self.path} already holds a run: go on with it by --resume auto, or choose another folder with -o"
+                )
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"{self.path} is a file, expected a folder")
             above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
@@ -70,12 +79,41 @@ class RunDir:
             raise SetupError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
 
     def create(self) -> None:
-        """Make the folder; before this, nothing is written. Raises SetupError where that cannot be done."""
+        """Make the folder and take its lock; before this, nothing is written.
+
+        Raises:
+            SetupError: it cannot be written. ConfigError: another process writes in it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "metrics.jsonl").touch(exist_ok=False)
-        except OSError as error:
-            raise SetupError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
+            hold(self.path)
+            (self.path / METRICS).touch(exist_ok=self.holds_run)
+        except (OSError, DataError) as error:
+            raise SetupError(
+                f"cannot write the run folder {self.path}: {getattr(error, 'strerror', None) or error}"
+            ) from error
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def rewind(self, step: int, evaluated: int) -> list[dict[str, Any]]:
+        """The logged rows up to a checkpoint, those after it taken away: they will be logged again.
+
+        evaluated: step of the last evaluation that the checkpoint knows of.
+        """
+        kept = []
+        for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the half of a line that a kill left
+                break
+            if row.get("step", 0) <= (evaluated if "eval_ce" in row else step):
+                kept.append(row)
+        fresh = self.path / f".{METRICS}.new"
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(fresh, self.path / METRICS)
+        return kept
 
     def write_config(self, config: Config) -> None:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -99,7 +137,7 @@ class RunDir:
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl; on disk when this returns, so that a killed run keeps its curve."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
             # JSON has no infinity: an fp16 step that the loss scaler skips has such a gradient norm
             finite = {
                 key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
@@ -113,36 +151,39 @@ class RunDir:
         bottleneck: "InformationBottleneck | ModuleDict | None",
         tokenizer: "PreTrainedTokenizerBase",
     ) -> Path:
-        """Write adapter, bottleneck and tokenizer to `name`, replacing the old ones once the new are whole.
-
-        Several bottlenecks, by layer: `layers.<number>.` before each one's keys.
-        """
-        from safetensors.torch import save_file
-        from torch.nn import ModuleDict
-
+        """Write adapter, bottleneck and tokenizer to `name`, replacing the old ones once the new are whole."""
         target = self.path / name
         fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
         shutil.rmtree(fresh, ignore_errors=True)
         if target.exists():  # else a kill between the two renames below left the only good copy under the old name
             shutil.rmtree(old, ignore_errors=True)
         fresh.mkdir(parents=True)
-        # embeddings are never trained; "auto" would ask the hub for the base's vocabulary at every save
-        model.save_pretrained(str(fresh), safe_serialization=True, save_embedding_layers=False)
-        if bottleneck is not None:
-            state = bottleneck.state_dict(prefix="layers." if isinstance(bottleneck, ModuleDict) else "")
-            on_host = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            save_file(on_host, fresh / BOTTLENECK_FILE)
-        tokenizer.save_pretrained(str(fresh))
+        with os_errors():
+            write_adapter(fresh, model, bottleneck, tokenizer)
         if target.exists():
             os.replace(target, old)
         os.replace(fresh, target)
         shutil.rmtree(old, ignore_errors=True)
         return target
 
-    def keep_last_checkpoints(self, count: int) -> None:
-        folders = sorted((self.path / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
-        for folder in folders[:-count]:
-            shutil.rmtree(folder)
+
+def write_adapter(
+    folder: Path,
+    model: "PeftModel",
+    bottleneck: "InformationBottleneck | ModuleDict | None",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> None:
+    """Into an empty folder. Several bottlenecks, by layer: `layers.<number>.` before each one's keys."""
+    from safetensors.torch import save_file
+    from torch.nn import ModuleDict
+
+    # embeddings are never trained; "auto" would ask the hub for the base's vocabulary at every save
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    if bottleneck is not None:
+        state = bottleneck.state_dict(prefix="layers." if isinstance(bottleneck, ModuleDict) else "")
+        on_host = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(on_host, folder / BOTTLENECK_FILE)
+    tokenizer.save_pretrained(str(folder))
 
 
 def _version(package: str) -> str | None:

@@ -230,12 +230,15 @@ def test_rows_are_looked_for_with_all_their_text(tmp_path):
     assert texts_of(Against("bundled:tiny", None, "bundled:tiny"))[0][0].problem == "tiny/test/0"
 
 
-def test_a_suite_given_twice_with_other_files_is_counted_apart(tmp_path):
-    files = [
-        "humaneval=" + save(tmp_path / f"{name}.jsonl", [PROBLEM | {"task_id": f"{name}{i}"} for i in range(3)])
-        for name in "ab"
-    ]
-    assert rows_to_drop(ROWS, files).contaminated == {1, 2, 6}
+def test_a_suite_given_twice_with_other_files_is_counted_and_named_apart(tmp_path):
+    entries = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        problems = [PROBLEM | {"task_id": f"{name}{i}"} for i in range(3)]
+        entries.append("humaneval=" + save(tmp_path / name / "p.jsonl", problems))
+    drops = rows_to_drop(ROWS, entries, deduplicate=False)
+    assert drops.contaminated == {1, 2, 6}
+    assert drops.summary == f"of 7 rows 3 share words with {entries[0]}, {entries[1]}"
 
 
 def test_a_training_run_can_drop_either_kind(suite):

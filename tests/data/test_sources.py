@@ -38,6 +38,13 @@ def arrow_of(rows: list[dict], opened=ipc.new_stream) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def damaged_arrow() -> bytes:
+    """Unchecked, its text would be read from far beyond the file."""
+    good = arrow_of([{"instruction": "a", "output": "x" * 40}])
+    place = good.rindex((40).to_bytes(4, "little"))  # where the text ends
+    return good[:place] + (1 << 30).to_bytes(4, "little") + good[place + 4 :]
+
+
 def parquet_of(rows: list[dict]) -> bytes:
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
@@ -222,11 +229,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path, name, text, message):
 
 
 def test_damaged_offsets_of_arrow_are_refused(tmp_path):
-    """Unchecked, the text would be read from far beyond the file."""
-    good = arrow_of([{"a": "x" * 40}])
-    place = good.rindex((40).to_bytes(4, "little"))  # where the text ends
-    bad = good[:place] + (1 << 30).to_bytes(4, "little") + good[place + 4 :]
-    assert "a.arrow: not a readable Arrow file" in fault(write(tmp_path / "a.arrow", bad))
+    assert "a.arrow: not a readable Arrow file" in fault(write(tmp_path / "a.arrow", damaged_arrow()))
 
 
 def test_columns_of_one_name_are_refused(tmp_path):
@@ -381,10 +384,11 @@ def test_of_a_saved_dict_of_datasets_the_split_chooses(saved):
         ("train/dataset_info.json", b"[]", "train: not a readable folder of save_to_disk"),
         ("train/data-00001-of-00002.arrow", b"", "train: not a readable folder of save_to_disk"),
         ("train/data-00001-of-00002.arrow", arrow_of(ROWS)[:-40], "train: not a readable folder of save_to_disk"),
+        ("train/data-00001-of-00002.arrow", damaged_arrow(), "train: not a readable folder of save_to_disk"),
         ("train/data-00001-of-00002.arrow", None, "train: not a readable folder of save_to_disk"),
         ("train/state.json", None, "train: not a readable folder of save_to_disk"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_damaged_saved_dataset_is_one_clear_line(saved, name, content, message):
     if content is None:
