@@ -190,6 +190,11 @@ class TrainConfig(Section):
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    skip_non_finite: Annotated[int, Field(ge=0)] = 0
+    """Steps with a loss or gradient that is not finite to leave out before a run ends with exit code 5; their rows are
+    in non_finite.json."""
+    auto_micro_batch: bool = False
+    """Out of memory: go on with micro-batches of half the rows and twice as many; the gradient is the same."""
     max_grad_norm: NonNegative = 1.0
     """Gradient clipping; 0: none."""
     clip_mode: Literal["joint", "per_group"] = "joint"

@@ -3,6 +3,8 @@
 Whatever is raised as an `IBFTError` is shown as one line on stderr; anything else is a bug and keeps its traceback.
 """
 
+from collections.abc import Mapping
+
 EXIT_INTERRUPTED = 130  # SIGINT; 143 for SIGTERM
 
 
@@ -31,9 +33,13 @@ class SetupError(IBFTError):
 
 
 class NonFiniteError(IBFTError):
-    """A loss or gradient is NaN or infinite (after the fp16 scaler's own back-offs)."""
+    """A loss or gradient is NaN or infinite (after the fp16 scaler's own back-offs). parts: of the loss, and norms."""
 
     exit_code = 5
+
+    def __init__(self, message: str, parts: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.parts = dict(parts or {})
 
 
 class OutOfMemoryError(IBFTError):

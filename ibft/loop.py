@@ -17,7 +17,7 @@ import torch
 
 from ibft.config import Config
 from ibft.context import BatchContext, LatentRequest
-from ibft.data.collate import Batch, num_steps_per_epoch, steps_of_epoch
+from ibft.data.collate import Batch, num_steps_per_epoch, places_of_epoch, steps_of_epoch
 from ibft.data.encode import EncodedData
 from ibft.errors import NonFiniteError
 from ibft.fused import Fused
@@ -63,6 +63,8 @@ class Trainer:
     on_save: Callable[[str], None] = lambda name: None
     on_step: Callable[[int, Row], None] = lambda step, row: None
 
+    on_fault: Callable[[Row], None] = lambda facts: None  # a step that is not finite
+    on_notice: Callable[[str], None] = lambda text: None
     should_stop: Callable[[], bool] = lambda: False  # asked between steps, as a file STOP answers it
 
     step: int = 0
@@ -72,11 +74,17 @@ class Trainer:
     evaluated: int = 0
     """Step of the last held-out evaluation."""
     best: float = math.inf
+    skipped: int = 0
+    """Steps that were not finite, since the run was started or gone on with."""
     interrupted: signal.Signals | None = None
+    micro_rows: int = field(init=False)
+    accumulation: int = field(init=False)
     window: "Window" = field(init=False)
 
     def __post_init__(self) -> None:
         self.window = Window(self.accelerator.device)
+        self.micro_rows = self.config.train.per_device_train_batch_size
+        self.accumulation = self.config.train.gradient_accumulation_steps
 
     def train(self) -> None:
         """Run to `total_steps`, or to an interrupt; the last state is saved either way.
@@ -90,12 +98,17 @@ class Trainer:
         self.between_steps(steps_per_epoch)  # what a stop has kept from being done after the last one
         while self.step < self.total_steps and not self.interrupted:
             for micro_batches in self.batches(self.data, epoch=self.epoch, start=self.index):
-                row = self.train_step(micro_batches)
+                try:
+                    row = self.step_or_skip(micro_batches)
+                except torch.OutOfMemoryError:
+                    if not self.halve_micro_batch():
+                        raise
+                    break  # and the same step again
                 self.step += 1
                 self.index += 1
-                if self.logs(self.step):
+                if row is not None and self.logs(self.step):
                     self.log(row)
-                self.on_step(self.step, row)
+                self.on_step(self.step, row or {})
                 self.between_steps(steps_per_epoch)
                 if self.interrupted or self.step == self.total_steps:
                     break
@@ -115,6 +128,55 @@ class Trainer:
             return
         if self.due(self.config.train.eval_steps or steps_per_epoch) or self.step == self.total_steps:
             self.evaluate_and_keep_best()
+
+    def step_or_skip(self, micro_batches: list[Batch]) -> Row | None:
+        """The step's metrics; None of one that is not finite, where the run may go on without it.
+
+        Raises:
+            NonFiniteError: `train.skip_non_finite` such steps have been left out already.
+        """
+        try:
+            return self.train_step(micro_batches)
+        except NonFiniteError as error:
+            self.skipped += 1
+            goes_on = self.skipped <= self.config.train.skip_non_finite
+            self.on_fault({
+                "step": self.step + 1, "epoch": self.epoch, "rows": self.rows_of(micro_batches), "error": str(error),
+                "parts": {name: str(value) for name, value in error.parts.items()}, "skipped": goes_on,
+            })  # fmt: skip
+            if not goes_on:
+                raise
+            self.optimizer.zero_grad()
+            self.scheduler.step()  # the schedule is one of steps
+            return None
+
+    def rows_of(self, micro_batches: list[Batch]) -> list[int]:
+        """Numbers of the data's rows, from 0, that a step was made of."""
+        train, settings = self.config.train, self.config.data
+        grouped = settings.group_by_length and not settings.packing
+        step_rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        order = places_of_epoch(
+            self.data, epoch=self.epoch, seed=self.config.runtime.seed, rows_per_step=step_rows if grouped else None
+        )
+        places = {place for batch in micro_batches for place in batch.noise_ids[..., 1].unique().tolist()}
+        return [int(self.data.samples.rows[order[place]]) for place in sorted(places)]
+
+    def halve_micro_batch(self) -> bool:
+        """Out of memory: micro-batches of half the rows (or the next divisor) from now on, as many more of them. False
+        where that is not allowed, or there is one row. The global batch and its gradient stay."""
+        rows = self.micro_rows
+        smaller = next((number for number in range(rows // 2, 0, -1) if rows % number == 0), None)
+        if not self.config.train.auto_micro_batch or smaller is None:
+            return False
+        self.micro_rows, self.accumulation = smaller, self.accumulation * (rows // smaller)
+        self.optimizer.zero_grad()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.on_notice(
+            f"out of memory in step {self.step + 1}: going on with {smaller} rows a micro-batch and "
+            f"{self.accumulation} micro-batches a step, the same global batch"
+        )
+        return True
 
     def train_step(self, micro_batches: list[Batch]) -> Row:
         """One optimizer step over a global batch; its metrics, still on the device.
@@ -327,7 +389,10 @@ class Trainer:
         scaler = self.accelerator.scaler
         if scaler is not None and math.isfinite(float(parts.loss)) and scaler.get_scale() > MIN_LOSS_SCALE:
             return False
-        raise NonFiniteError(f"step {self.step + 1}: not finite: {', '.join(bad)}; no weight was changed by this step")
+        raise NonFiniteError(
+            f"step {self.step + 1}: not finite: {', '.join(bad)}; no weight was changed by this step",
+            {name: float(value) for name, value in values.items()},
+        )
 
     def batches(self, data: EncodedData, *, epoch: int, evaluation: bool = False, start: int = 0) -> Any:
         """Optimizer steps of an epoch from number `start` on, each a list of micro-batches; evaluation: one micro-batch
@@ -337,8 +402,8 @@ class Trainer:
             data,
             epoch=epoch,
             seed=self.config.runtime.seed,
-            micro_rows=train.per_device_eval_batch_size if evaluation else train.per_device_train_batch_size,
-            accumulation=1 if evaluation else train.gradient_accumulation_steps,
+            micro_rows=train.per_device_eval_batch_size if evaluation else self.micro_rows,
+            accumulation=1 if evaluation else self.accumulation,
             packing=settings.packing,
             max_length=settings.max_length,
             kl_tokens="real" if evaluation else self.config.ib.kl_tokens,

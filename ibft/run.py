@@ -168,6 +168,16 @@ def train_and_report(
         console.notice(f"{stop} is of an earlier run: removed")
         stop.unlink()
     trainer.on_log, trainer.on_save, trainer.should_stop = log, save, stop.exists
+    trainer.on_notice = console.notice
+    faults: list[dict[str, Any]] = []
+
+    def fault(facts: dict[str, Any]) -> None:
+        faults.append(facts)
+        run_dir.write_json("non_finite.json", {"faults": faults})
+        if facts["skipped"]:
+            console.notice(f"{facts['error']}: the step is left out (train.skip_non_finite)")
+
+    trainer.on_fault = fault
     handlers = {number: signal.signal(number, trainer.interrupt) for number in SIGNALS}
     try:
         if not progress.began:
@@ -481,7 +491,8 @@ class out_of_memory_advice:
         if cpu or isinstance(error, torch.OutOfMemoryError):
             peak = peak_memory_mib(torch.device("cpu" if cpu else "cuda")) / 2**10
             raise OutOfMemoryError(
-                f"out of memory after {peak:.1f} GiB: try train.gradient_checkpointing=auto with a smaller "
+                f"out of memory after {peak:.1f} GiB: try train.auto_micro_batch=true, "
+                "train.gradient_checkpointing=auto with a smaller "
                 "runtime.memory_budget, train.per_device_train_batch_size=1 (and more "
                 "train.gradient_accumulation_steps), or a smaller data.max_length; `ibft-fast estimate` with the same "
                 "arguments shows what takes the memory"

@@ -6,6 +6,7 @@
     adapter/           last state: PEFT adapter, ib_bottleneck.safetensors, tokenizer
     adapter-best/      the same, lowest held-out cross-entropy
     checkpoints/step-N/  what a run goes on from (`ibft.checkpoint`)
+    non_finite.json    rows and loss parts of steps that were not finite
     STOP               made by anyone, ends the run as a signal does
     result.json        first and last losses, throughput, memory, Pass@1
 

@@ -1,7 +1,9 @@
-"""The failures that the method is known for, watched in the rows that a run logs: warnings that say what to change.
+"""Failures that the method is known for, and loss spikes, watched in the rows that a run logs: warnings that say what
+to change.
 
 over-compression    the cross-entropy rises while KL falls, or few latent dimensions stay in use
 no compression      the bottleneck is next to nothing in the loss
+loss spike          one step's loss is far above those before it
 unstable encoder    KL shoots up: the encoder's steps are too long, and LoRA follows its gradient
 
 Over-compression is also what the end shows: fewer tasks solved than by the base (`solves_fewer`).
@@ -12,6 +14,7 @@ Each is said once a run. The thresholds are ours, chosen on the bundled base (te
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from ibft.config import Config
@@ -21,6 +24,7 @@ RISEN = 2.0, 0.5  # times the first cross-entropy, and so many nats above it
 UNUSED = 0.05  # share of latent dimensions in use
 WEIGHTLESS = 0.01  # alpha KL to CE
 RECENT = 3  # rows that must agree
+SPIKE, SPIKE_OVER = 3.0, 5  # times the median of so many logged losses before
 
 
 @dataclass
@@ -33,14 +37,27 @@ class Watch:
     said: set[str] = field(default_factory=set)
 
     def see(self, row: Mapping[str, float]) -> list[str]:
-        """row: `step`, `ce`, `kl` and `active_dims`, as `Trainer.log` writes them; evaluations are passed over."""
-        if "kl" not in row:
+        """row: `step`, `loss`, `ce`, and with a bottleneck `kl` and `active_dims`, as `Trainer.log` writes them;
+        evaluations are passed over."""
+        if "loss" not in row:
             return []
         self.rows.append(row)
-        found = {"unstable": self.unstable(), "compressed": self.over_compressed(), "loose": self.uncompressed()}
+        found = {"spike": self.spike()}
+        if "kl" in row:
+            found |= {"unstable": self.unstable(), "compressed": self.over_compressed(), "loose": self.uncompressed()}
+            if found["unstable"]:
+                del found["spike"]
         fresh = {name: text for name, text in found.items() if text and name not in self.said}
         self.said |= fresh.keys()
         return list(fresh.values())
+
+    def spike(self) -> str | None:
+        """The last loss against those before it."""
+        before = [row["loss"] for row in self.rows[-1 - SPIKE_OVER : -1]]
+        last = self.rows[-1]["loss"]
+        if len(before) < SPIKE_OVER or last <= SPIKE * max(usual := median(before), 0.1):
+            return None
+        return f"loss spike: {last:.3g} after {usual:.3g}; look at the rows of this step, or lower train.learning_rate"
 
     def unstable(self) -> str | None:
         first, last = self.rows[0]["kl"], self.rows[-1]["kl"]

@@ -15,13 +15,14 @@ def warnings(rows, *overrides, total_steps=6):
     found = []
     for step, ce, kl, used in rows:
         assert watch.see({"step": step, "eval_ce": 9.0}) == []
-        found += watch.see({"step": step, "ce": ce, "kl": kl, "active_dims": used})
+        loss = ce + watch.config.ib.alpha * kl
+        found += watch.see({"step": step, "loss": loss, "ce": ce, "kl": kl, "active_dims": used})
     return found
 
 
 def test_a_healthy_run_and_one_without_a_bottleneck():
     assert warnings(HEALTHY) == []
-    assert Watch(load_config(None, ["ib.alpha=0"])[0], 3).see({"step": 1, "ce": 5.0}) == []
+    assert Watch(load_config(None, ["ib.alpha=0"])[0], 3).see({"step": 1, "loss": 5.0, "ce": 5.0}) == []
 
 
 def test_over_compression_by_the_loss():
@@ -74,6 +75,25 @@ def test_an_unstable_encoder_is_said_once_and_alone():
     found = warnings(rows, "ib.learning_rate=2", "train.clip_mode=joint", total_steps=90)
     advice = "lower ib.learning_rate (now 2) or set train.clip_mode=per_group"
     assert found == [f"unstable encoder: KL rose from 590 to 9e+05 nats; {advice}"]
+
+
+def test_a_loss_spike_is_one_against_the_usual():
+    watch = Watch(load_config(None, ["ib.alpha=0"])[0], 20)
+    losses = [
+        9.0,
+        1.0,
+        1.1,
+        1.0,
+        0.9,
+        1.0,
+        2.9,
+        1.0,
+        3.1,
+        9.0,
+    ]  # 9 at the start has nothing before it; 2.9 is below 3 x
+    found = [watch.see({"step": step, "loss": loss, "ce": loss}) for step, loss in enumerate(losses, 1)]
+    advice = "look at the rows of this step, or lower train.learning_rate"
+    assert found == [[]] * 8 + [[f"loss spike: 3.1 after 1; {advice}"], []]
 
 
 @pytest.mark.parametrize(

@@ -194,11 +194,9 @@ def steps_of_epoch(
     step_rows = _global_rows(micro_rows, accumulation)
     if start < 0:
         raise ValueError(f"start: got {start}, expected 0 or more")
-    order = epoch_order(len(data.samples), seed, epoch, shuffle=shuffle)
-    lengths = data.lengths
-    if grouped and shuffle and not packing:
-        order = group_by_length(order, lengths, rows_per_step=step_rows, seed=seed, epoch=epoch)
-    packs = pack(lengths[order], max_length) if packing else [[place] for place in range(len(order))]
+    grouped = grouped and not packing
+    order = places_of_epoch(data, epoch=epoch, seed=seed, shuffle=shuffle, rows_per_step=step_rows if grouped else None)
+    packs = pack(data.lengths[order], max_length) if packing else [[place] for place in range(len(order))]
     for first in range(start * step_rows, len(packs), step_rows):
         step = [
             [(place, data.samples[order[place]]) for place in members] for members in packs[first : first + step_rows]
@@ -214,6 +212,16 @@ def steps_of_epoch(
             )
             for i in range(0, len(step), micro_rows)
         ]
+
+
+def places_of_epoch(
+    data: EncodedData, *, epoch: int, seed: int, shuffle: bool = True, rows_per_step: int | None = None
+) -> list[int]:
+    """Which sample is at each place of the epoch's order. rows_per_step: those of like length meet in a step."""
+    order = epoch_order(len(data.samples), seed, epoch, shuffle=shuffle)
+    if rows_per_step is None or not shuffle:
+        return order
+    return group_by_length(order, data.lengths, rows_per_step=rows_per_step, seed=seed, epoch=epoch)
 
 
 def _global_rows(micro_rows: int, accumulation: int) -> int:
