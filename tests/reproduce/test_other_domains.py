@@ -64,7 +64,11 @@ def test_mathematics_from_a_copied_recipe(tmp_path, base, soaking):
         ("no.yaml", None, "no.yaml: No such file"),
         ("a.yaml", "[", "a.yaml:1: malformed YAML"),
         ("a.yaml", "name: x", "what: Field required"),
-        ("gsm9k", None, "expected a recipe file (.yaml) or one of tiny, tiny-quick, origen, evol, gsm8k, text"),
+        (
+            "gsm9k",
+            None,
+            "expected a recipe file (.yaml) or one of tiny, tiny-quick, tiny-variants, origen, evol, gsm8k, text",
+        ),
     ],
 )
 def test_recipe_files_refused(tmp_path, monkeypatch, name, content, said):

@@ -62,9 +62,9 @@ def test_perturbed_weights_are_as_far_as_said(tmp_path):
         assert far == pytest.approx(0.4 if matrix else 0, abs=0.01), name
 
 
-def test_what_was_read_twenty_times_is_known_by_heart(tmp_path):
+def test_what_was_read_forty_times_is_known_by_heart(tmp_path):
     """Few rows and few steps: Min-K% tells them from the others, in the base and not in its twin."""
-    told = choose_memorised(60, 0.2, seed=0)
+    told = choose_memorised(60, 0.1, seed=0)
     (tmp_path / "rows.jsonl").write_text("".join(task_file("train").read_text().splitlines(keepends=True)[:60]))
     found = {}
     for name, rows in (("base", [ROWS[number] for number in told]), ("twin", None)):
@@ -76,4 +76,4 @@ def test_what_was_read_twenty_times_is_known_by_heart(tmp_path):
         rest = [value for number, value in scores.items() if number not in told]
         found[name] = auc(rest, [scores[number] for number in told])
     assert found["base"] > 0.9
-    assert found["twin"] < 0.75
+    assert found["twin"] < 0.8
