@@ -20,7 +20,7 @@ from benchmarks.harness.machine import keep_freed_memory
 from benchmarks.harness.providers import OURS
 from benchmarks.harness.session import NotMeasured, Session
 
-PARTS = ("ops", "heads", "step", "sweeps", "ladder", "judge")
+PARTS = ("ops", "heads", "step", "sweeps", "ladder", "judge", "data")
 
 
 def count(text: str) -> int:

@@ -1,0 +1,1 @@
+"""How fast training data are made ready, and in how much memory."""
