@@ -60,7 +60,11 @@ class Rows:
 
 def batches_of(data: EncodedData, config: Config, *, epoch: int = 0) -> list[list[Batch]]:
     """The steps of an epoch as the trainer makes them, without a trainer."""
-    settings = SimpleNamespace(config=config, pad_id=PAD_ID)
+    train = config.train
+    settings = SimpleNamespace(
+        config=config, pad_id=PAD_ID, micro_rows=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+    )  # fmt: skip
     return list(Trainer.batches(settings, data, epoch=epoch))  # type: ignore[arg-type]
 
 
