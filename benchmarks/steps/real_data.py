@@ -1,6 +1,6 @@
 """Whole training steps on real instruction data, in real tokens a second: what packing is worth where lengths vary.
 
-Rows of new_codealpaca.jsonl.gz (../shared/data, or $IBFT_DATA), up to 2048 tokens long; a step is one packed row of
+Rows of code_alpaca_2k.json.gz (../shared/data, or $IBFT_DATA), up to 2048 tokens long; a step is one packed row of
 2048 tokens. `hf, padded to longest` has the same samples a row each, as many a micro-batch as make a step of like size;
 `released` pads rows to 2048, two a micro-batch: on a CPU two a step, of samples of mean length. On a CPU the bundled
 model learns them; on a GPU a random base (`--shape`), with the bundled tokenizer's ids, of which one stands for 1.9
@@ -17,7 +17,7 @@ from benchmarks.steps.step_case import BUNDLED, Base, bundled_config, data_of, d
 from benchmarks.steps.step_comparison import SIDES, StepComparison, step_providers
 from benchmarks.steps.step_rows import Rows, batches_of, in_pairs, padded, regrouped, typical
 
-FILE = Path(os.environ.get("IBFT_DATA", ROOT.parent / "shared" / "data")) / "new_codealpaca.jsonl.gz"
+FILE = Path(os.environ.get("IBFT_DATA", ROOT.parent / "shared" / "data")) / "code_alpaca_2k.json.gz"
 T = 2048
 SAMPLES, STEPS = 200, 6
 PROVIDERS = (*SIDES[:2], "hf, padded to longest", "released")
