@@ -88,6 +88,8 @@ def keep(root: Path, *, last: int) -> None:
     if last < 1:
         raise ValueError(f"last: got {last}, expected 1 or more")
     folders = [folder for _, folder in sorted(_numbered(root, _VISIBLE), reverse=True)]
+    if len(folders) <= last:  # nothing to remove: no need to read all of them at every save
+        return
     whole = list(islice((folder for folder in folders if verify(folder) is None), last))
     if not whole:
         return

@@ -9,6 +9,7 @@ import typer
 
 from ibft.analysis.cli import app as analyze
 from ibft.commands import Debug, one_line_errors
+from ibft.data.overlap import N
 from ibft.errors import ConfigError
 from ibft.evaluation.cli import app as evaluate
 from ibft.reproduce.cli import app as reproduce
@@ -111,7 +112,7 @@ def decontaminate(
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Of a hub data set or bundled:tiny.")] = "train",
-    n: Annotated[int, typer.Option("-n", help="Words in a row that a row shares with a problem.")] = 13,
+    n: Annotated[int, typer.Option("-n", help="Words in a row that a row shares with a problem.")] = N,
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="File of the rows to drop, for data.drop_ids.", show_default=False)
     ] = None,

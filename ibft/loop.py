@@ -98,11 +98,15 @@ class Trainer:
         self.between_steps(steps_per_epoch)  # what a stop has kept from being done after the last one
         while self.step < self.total_steps and not self.interrupted:
             for micro_batches in self.batches(self.data, epoch=self.epoch, start=self.index):
+                row, fits = None, True
                 try:
                     row = self.step_or_skip(micro_batches)
                 except torch.OutOfMemoryError:
-                    if not self.halve_micro_batch():
+                    fits = False
+                    if self.smaller_micro_batch() is None:
                         raise
+                if not fits:  # out here nothing holds the step's tensors any more
+                    self.halve_micro_batch()
                     break  # and the same step again
                 self.step += 1
                 self.index += 1
@@ -161,14 +165,18 @@ class Trainer:
         places = {place for batch in micro_batches for place in batch.noise_ids[..., 1].unique().tolist()}
         return [int(self.data.samples.rows[order[place]]) for place in sorted(places)]
 
-    def halve_micro_batch(self) -> bool:
-        """Out of memory: micro-batches of half the rows (or the next divisor) from now on, as many more of them. False
-        where that is not allowed, or there is one row. The global batch and its gradient stay."""
+    def smaller_micro_batch(self) -> int | None:
+        """Half the rows, or the next divisor below; None where that is not allowed, or there is one row."""
         rows = self.micro_rows
-        smaller = next((number for number in range(rows // 2, 0, -1) if rows % number == 0), None)
-        if not self.config.train.auto_micro_batch or smaller is None:
-            return False
-        self.micro_rows, self.accumulation = smaller, self.accumulation * (rows // smaller)
+        if not self.config.train.auto_micro_batch:
+            return None
+        return next((number for number in range(rows // 2, 0, -1) if rows % number == 0), None)
+
+    def halve_micro_batch(self) -> None:
+        """After running out of memory: smaller micro-batches from now on, as many more. The gradient stays the same."""
+        smaller = self.smaller_micro_batch()
+        assert smaller is not None
+        self.micro_rows, self.accumulation = smaller, self.accumulation * (self.micro_rows // smaller)
         self.optimizer.zero_grad()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -176,7 +184,6 @@ class Trainer:
             f"out of memory in step {self.step + 1}: going on with {smaller} rows a micro-batch and "
             f"{self.accumulation} micro-batches a step, the same global batch"
         )
-        return True
 
     def train_step(self, micro_batches: list[Batch]) -> Row:
         """One optimizer step over a global batch; its metrics, still on the device.

@@ -109,11 +109,10 @@ def problems(data: EncodedData, config: Config, tokenizer: Any) -> Iterator[str]
     if data.empty:
         yield f"{data.empty:,} rows have an empty response, the first is row {data.first_empty:,}: left out"
     if settings.add_eos:
-        last = [data.samples.ids[end - 1] for end in data.samples.ends]
-        ended = sum(token == tokenizer.eos_token_id for token in last)
-        if ended < len(last):
+        open_ended = int((data.samples.ids[data.samples.ends - 1] != tokenizer.eos_token_id).sum())
+        if open_ended:
             yield (
-                f"{len(last) - ended:,} samples do not end with the tokenizer's EOS ({tokenizer.eos_token}): cut, or "
+                f"{open_ended:,} samples do not end with the tokenizer's EOS ({tokenizer.eos_token}): cut, or "
                 "the chat template ends a turn with another mark"
             )
     if (unknown := tokenizer.unk_token_id) is not None and unknown != tokenizer.eos_token_id:

@@ -42,7 +42,8 @@ def find_checkpoint(run: RunDir, resume: str) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, None: there is none yet; and what to tell the user.
 
     Raises:
-        ConfigError: the one that was named is not whole. SetupError: checkpoints, and not one of them whole.
+        ConfigError: the one that was named is not whole, or the run is finished and has none.
+        SetupError: checkpoints, and not one of them whole.
     """
     if resume == "never" or (resume == "auto" and not run.holds_run):
         return None, []
@@ -59,6 +60,8 @@ def find_checkpoint(run: RunDir, resume: str) -> tuple[Path | None, list[str]]:
     found, warnings = checkpoint.latest(run.checkpoints)
     if found is None and warnings:
         raise SetupError(f"{run.path}: no checkpoint is whole ({warnings[0]}): start anew in another folder")
+    if found is None and run.finished:
+        raise ConfigError(f"{run.path} is finished, and holds no checkpoint: name another folder with -o")
     if found is None:
         warnings.append(f"{run.path} holds no checkpoint yet: the run starts from the beginning")
     return found, [f"warning: {line}" for line in warnings]

@@ -5,6 +5,8 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,11 +61,10 @@ def run_training(
     console = Console()
     for notice in notices or []:
         console.notice(notice)
-    if config.runtime.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    with out_of_memory_advice():
+    with out_of_memory_advice(), deterministic_algorithms(config.runtime.deterministic):
         run_dir, resume = open_run(out, resume)
+        if run_dir.holds_run and not dry_run:
+            run_dir.lock()  # before its checkpoints are looked at, and long before any weight is loaded
         check_trackers(config)
         device = choose_device(config)
         dtype = choose_dtype(config.train, device)
@@ -205,6 +206,9 @@ def train_and_report(
         console.notice(f"warning: {fewer}")
 
     steps = [row for row in rows if "loss" in row]
+    if not steps:  # gone on with elsewhere from a run's last checkpoint, or none of its steps was finite
+        console.notice(f"no step was trained here: {run_dir.path}/adapter is what step {trainer.step} left")
+        return 0
     result = {
         "steps": trainer.step,
         "first": steps[0],
@@ -450,6 +454,20 @@ def pass_at_1(
     verdicts = judge_tasks(tasks, [extract_code(completion) for completion in completions], allow_limits=unsafe)
     passed = sum(verdict.passed for verdict in verdicts)
     return {"passed": passed, "tasks": len(tasks), "value": passed / len(tasks)}
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """torch's alone while a run lasts; not touched where that is not wanted."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 @dataclass

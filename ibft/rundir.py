@@ -87,12 +87,20 @@ class RunDir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            hold(self.path)
+            self.lock()
             (self.path / METRICS).touch(exist_ok=self.holds_run)
         except (OSError, DataError) as error:
             raise SetupError(
                 f"cannot write the run folder {self.path}: {getattr(error, 'strerror', None) or error}"
             ) from error
+
+    def lock(self) -> None:
+        """Raises ConfigError: another process writes in the folder. DataError: it cannot be written."""
+        hold(self.path)
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "result.json").exists()
 
     @property
     def checkpoints(self) -> Path:
@@ -104,11 +112,13 @@ class RunDir:
         evaluated: step of the last evaluation that the checkpoint knows of.
         """
         kept = []
-        for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
+        for line in (self.path / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:  # the half of a line that a kill left
-                break
+                continue
+            if not isinstance(row, dict):
+                continue
             if row.get("step", 0) <= (evaluated if "eval_ce" in row else step):
                 kept.append(row)
         fresh = self.path / f".{METRICS}.new"

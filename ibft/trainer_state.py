@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ibft.config import BUNDLED, Config
 from ibft.errors import ConfigError
+from ibft.hashes import hash_file
 
 if TYPE_CHECKING:
     from ibft.loop import Trainer
@@ -140,15 +141,13 @@ def fingerprint(config: Config, data_sha256: str, tokenizer_key: str, base: str)
         tokenizer_key: `ibft.data.cache.tokenizer_key`.
         base: whatever tells the base's weights from others: a hub commit, a hash of its files.
     """
-    from ibft.data.prepare import hash_of
-
     flat = _flat(config.model_dump(mode="json"))
     facts = {key: value for key, value in flat.items() if not _is_free(key)}
     # held-out rows of a file, and those of the bundled data, are none of the training rows
     if config.data.eval_path is not None or config.data.path == BUNDLED:
         facts["data.val_size"] = "not used"
     if Path(config.data.template).suffix:
-        facts["data.template"] = hash_of(Path(config.data.template).expanduser()) or config.data.template
+        facts["data.template"] = hash_file(config.data.template) or config.data.template
     return {"data.sha256": data_sha256, "tokenizer": tokenizer_key, "base": base, **facts}
 
 

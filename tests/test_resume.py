@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ibft import checkpoint
@@ -276,6 +277,28 @@ def test_without_a_whole_checkpoint_there_is_no_silent_fresh_start(stopped):
     assert "manifest.json: empty" in result.output
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_again(stopped):
+    import shutil
+
+    shutil.rmtree(stopped / "checkpoints")
+    before = (stopped / "adapter" / "adapter_model.safetensors").read_bytes()
+    result = go_on(stopped)
+    assert result.exit_code == 2, result.output
+    assert "is finished, and holds no checkpoint: name another folder with -o" in result.output
+    assert (stopped / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_what_torch_was_set_to_is_what_it_is_after_a_run(straight):
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_rows_that_are_no_rows_are_passed_over(stopped, straight):
+    with (stopped / "metrics.jsonl").open("ab") as file:
+        file.write(b'3\n\xff\xfe\n{"step": 11, "lo')
+    assert go_on(stopped).exit_code == 0
+    assert_same(stopped, straight)
+
+
 def test_a_named_checkpoint(stopped, straight):
     result = train(*SETTINGS, "--resume", stopped / "checkpoints" / "step-10")
     assert result.exit_code == 0, result.output
@@ -289,6 +312,10 @@ def test_a_named_checkpoint(stopped, straight):
     assert result.exit_code == 0, result.output
     adapter = "adapter/adapter_model.safetensors"
     assert (elsewhere / adapter).read_bytes() == (straight / adapter).read_bytes()
+    nothing_left = train(*SETTINGS, "--resume", straight / "checkpoints" / "step-12", "-o", stopped.with_name("end"))
+    assert nothing_left.exit_code == 0, nothing_left.output
+    assert "no step was trained here" in nothing_left.output
+    assert (stopped.with_name("end") / adapter).read_bytes() == (straight / adapter).read_bytes()
     result = train(*SETTINGS, "--resume", stopped / "checkpoints" / "step-99")
     assert result.exit_code == 2
     assert "step-99 is no whole checkpoint: manifest.json: missing" in result.output

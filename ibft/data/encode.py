@@ -9,6 +9,7 @@ turns are found by the places of their tokens in the text; where a token lies ac
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -254,10 +255,12 @@ class Encoder:
     def template_for(self, content: Content) -> Template:
         if self._named is not None:
             return self._named
-        if isinstance(content, Chat):  # refused where there is none
-            self._chat: Template = getattr(self, "_chat", None) or choose_template("chat", self.tokenizer)
-            return self._chat
-        return RELEASED
+        return self._chat if isinstance(content, Chat) else RELEASED
+
+    @cached_property
+    def _chat(self) -> Template:
+        """Raises ConfigError: the tokenizer has none."""
+        return choose_template("chat", self.tokenizer)
 
     def encode(self, rows: Sequence[Row], wheres: Sequence[str]) -> Iterator[tuple[Sample, bool]]:
         """Of each row its sample, and whether its response is empty."""

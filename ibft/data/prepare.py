@@ -1,7 +1,6 @@
 """The data of a run: rows chosen, encoded, split into training and held-out samples; from the cache if it has them."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from ibft.console import Console
 from ibft.data import cache
 from ibft.data.encode import EncodedData, encode_rows
 from ibft.data.ids import choose_rows, hash_rows
-from ibft.data.sources import Row, files_of, load_rows
+from ibft.data.sources import Row, files_of, load_rows, open_hub
 from ibft.errors import DataError
+from ibft.hashes import hash_file
 
 MAX_HELD_OUT = 512
 # settings of data that decide what `encode_rows` is given and does
@@ -114,39 +114,28 @@ def chosen_by(settings: DataConfig) -> list[str]:
     return [f"data.{name}" for name in names if getattr(settings, name)]
 
 
-def key_for(path: str, settings: DataConfig, tokenizer: Any, *, chosen: bool) -> str | None:
-    """Of the cache; None where it is not known what the rows are before they are loaded."""
-    files = files_of(path, split=settings.split)
-    content = [hub_fingerprint(path, settings.split)] if files is None else [hash_of(file) for file in files]
-    if None in content:
-        return None
-    named = [settings.keep_ids, settings.drop_ids, *settings.decontaminate] if chosen else []
-    template = Path(settings.template).expanduser()
+def key_for(path: str, settings: DataConfig, tokenizer: Any, *, chosen: bool) -> str:
+    """Of the cache: all that `prepare` depends on.
+
+    Raises:
+        DataError, SetupError: as `load_rows`, of a folder without data, or of a hub id.
+    """
+    named = [settings.keep_ids, settings.drop_ids] if chosen else []
+    against = [entry.rpartition("=")[2] for entry in settings.decontaminate] if chosen else []
+    template = settings.template if Path(settings.template).suffix else None
     return cache.key_of({
-        "content": content, "split": settings.split, "tokenizer": cache.tokenizer_key(tokenizer),
-        "settings": {name: getattr(settings, name) for name in DECIDING}, "fields": settings.fields.given(),
-        "chosen": chosen, "template": hash_of(template) if template.suffix else None,
-        "files": [name and hash_of(Path(name.rpartition("=")[2]).expanduser()) for name in named],
+        "content": content_of(path, settings.split), "split": settings.split,
+        "tokenizer": cache.tokenizer_key(tokenizer), "settings": {name: getattr(settings, name) for name in DECIDING},
+        "fields": settings.fields.given(), "chosen": chosen, "template": hash_file(template),
+        "ids": [hash_file(name) for name in named],
+        "against": [content_of(name, "test") for name in against if Path(name).expanduser().exists()],
     })  # fmt: skip
 
 
-def hash_of(file: Path) -> str | None:
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError:  # whoever reads it says so
-        return None
-
-
-def hub_fingerprint(path: str, split: str) -> str | None:
-    """Of the data set as `datasets` has it on disk. None: it cannot be loaded; `load_rows` says why."""
-    from datasets import load_dataset
-
-    name, _, configuration = path.partition(":")
-    try:
-        return str(load_dataset(name, configuration or None, split=split)._fingerprint)
-    except Exception:
-        return None
+def content_of(path: str, split: str) -> list[str | None]:
+    """What tells the rows of a file, folder or hub id from others without parsing them."""
+    files = files_of(path, split=split)
+    return [open_hub(path, split)._fingerprint] if files is None else [hash_file(file) for file in files]
 
 
 def hold_out(data: EncodedData, count: int) -> tuple[EncodedData, EncodedData]:

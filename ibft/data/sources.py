@@ -8,11 +8,12 @@ import json
 import re
 from os.path import isfile
 from pathlib import Path
+from typing import Any
 
 from ibft.data.read_files import ACCEPTED, SUFFIXES, Row, first_line, kind_of, read_file, reason, rows_of
 from ibft.errors import DataError, SetupError
 
-__all__ = ["Row", "files_of", "load_rows", "looks_like_path"]
+__all__ = ["Row", "files_of", "load_rows", "looks_like_path", "open_hub"]
 
 # A name that ends so was meant as a file, even where this version cannot read that kind.
 FILE_SUFFIXES = (*SUFFIXES, ".gz", ".zip", ".txt")
@@ -46,7 +47,7 @@ def load_rows(path: str, *, split: str = "train") -> list[Row]:
     """
     place = _local(path)
     if place is None:
-        rows = _read_hub(path, split)
+        rows = open_hub(path, split).to_list()
     elif saved := _saved_set(place, split):
         rows = _read_saved(saved)
     else:
@@ -154,14 +155,19 @@ def _read_saved(folder: Path) -> list[Row]:
         raise DataError(f"{folder}: not a readable folder of save_to_disk: {first_line(error)}") from error
 
 
-def _read_hub(path: str, split: str) -> list[Row]:
+def open_hub(path: str, split: str) -> Any:
+    """A hub id's `datasets.Dataset`, which lies on disk and is mapped.
+
+    Raises:
+        DataError: no possible id, no such split, unreadable files. SetupError: it is gated, missing or unreachable.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError
 
     try:
         name, _, configuration = path.partition(":")
-        return load_dataset(name, configuration or None, split=split).to_list()
+        return load_dataset(name, configuration or None, split=split)
     except HFValidationError as error:
         raise DataError(f"{path}: neither a file nor a possible hub id: {first_line(error)}") from error
     except (DatasetNotFoundError, GatedRepoError) as error:

@@ -1,6 +1,5 @@
 """The folder of an experiment belongs to one set of settings, which lie in it: the same go on, others are refused."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,11 +59,3 @@ def differences(a: Tree, b: Tree, prefix: str = "") -> Iterator[str]:
             yield from differences(left, right, f"{prefix}{key}.")
         elif left != right:
             yield f"{prefix}{key}"
-
-
-def hash_file(path: str | None) -> str | None:
-    """sha256 of its content; None of what is no file here."""
-    try:
-        return None if path is None else hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-    except OSError:
-        return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from ibft.config import BUNDLED, Config
 from ibft.errors import DataError
-from ibft.experiment.begin import hash_file
+from ibft.hashes import hash_file
 from ibft.load_config import load_config
 from ibft.reproduce.recipe import BASES, Recipe, folder_name, overrides_of
 

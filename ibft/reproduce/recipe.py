@@ -1,12 +1,12 @@
 """A reproduction's recipe: what is trained, from what, and what is asked of it. Shipped, in ibft/recipes:
 
-tiny        the bundled base and tasks, a base made for it that has memorised a quarter of the rows; two CPU cores
-tiny-quick  the same pipeline with little of everything
-tiny-variants   the same bases, other bottlenecks
-origen      the paper's OriGen (Verilog) runs at full size, one GPU
-evol        the paper's Evol-CodeAlpaca (Python) runs, the same
-gsm8k       mathematics, and
-text        plain text: to copy and change
+tiny           the bundled base and tasks, a base made for it that has memorised a quarter of the rows; two CPU cores
+tiny-quick     the same pipeline with little of everything
+tiny-variants  the same bases, other bottlenecks
+origen         the paper's OriGen (Verilog) runs at full size, one GPU
+evol           the paper's Evol-CodeAlpaca (Python) runs, the same
+gsm8k          mathematics, and
+text           plain text: to copy and change
 """
 
 import json

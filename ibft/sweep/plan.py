@@ -10,8 +10,8 @@ from typing import Any
 from ibft.config import BUNDLED, Config, ModelConfig
 from ibft.errors import ConfigError
 from ibft.evaluation.suites import Rule
-from ibft.experiment.begin import hash_file
 from ibft.experiment.measure import Suite
+from ibft.hashes import hash_file
 from ibft.sweep.grid import Cell, Grid, load_base, make_cells, read_grid, suggested_grid
 
 Tree = dict[str, Any]
