@@ -59,7 +59,10 @@ class FieldsConfig(Section):
     def _whole(self) -> "FieldsConfig":
         given = set(self.model_dump(exclude_none=True))
         if given and given not in ({"prompt", "response"}, {"prompt", "input", "response"}, {"messages"}, {"text"}):
-            raise ValueError("expected prompt and response (and input), or messages, or text")
+            raise ValueError(
+                f"data.fields: got {', '.join(sorted(given))}, expected prompt and response (and input), or messages, "
+                "or text"
+            )
         return self
 
     def given(self) -> dict[str, str]:

@@ -75,6 +75,12 @@ def test_faults_are_found_before_any_weight(rows, content, code, said):
     assert "Traceback" not in result.output
 
 
+def test_fields_that_are_not_whole(rows):
+    result = preview(f"data.path={rows}", "data.fields.prompt=q")
+    assert result.exit_code == 2
+    assert "data.fields: got prompt, expected prompt and response (and input), or messages, or text" in result.output
+
+
 def test_a_key_that_does_not_exist(rows):
     result = preview(f"data.path={rows}", "data.tempalte=alpaca")
     assert result.exit_code == 2

@@ -72,12 +72,15 @@ def prepare(
         if chosen:
             rows, notes = choose(rows, settings)
         digest = hash_rows(rows)
-        with console.progress(f"tokenising {what}", len(rows)) as advance:
-            data = encode_rows(
-                rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos, template=settings.template,
-                labels=settings.labels, truncation=settings.truncation, fields=settings.fields.given(),
-                progress=advance,
-            )  # fmt: skip
+        try:
+            with console.progress(f"tokenising {what}", len(rows)) as advance:
+                data = encode_rows(
+                    rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos,
+                    template=settings.template, labels=settings.labels, truncation=settings.truncation,
+                    fields=settings.fields.given(), progress=advance,
+                )  # fmt: skip
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
         if len(rows) < given:
             notes.insert(0, f"{len(rows):,} of {given:,} rows ({', '.join(chosen_by(settings))})")
         if key and (fault := cache.write(key, data, {"notes": notes, "sha256": digest})):

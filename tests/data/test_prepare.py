@@ -122,7 +122,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(data_file, tokenize
 
 def test_faults_leave_nothing_behind(data_file, tokenizer, tmp_path):
     data_file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": 3}\n')
-    with pytest.raises(DataError, match="row 2: output is int, expected a string"):
+    with pytest.raises(DataError, match=r"rows.jsonl: row 2: output is int, expected a string"):
         load(data_file, tokenizer)
     assert not (tmp_path / "cache").exists()
 
