@@ -1,5 +1,6 @@
 """What every command shares: how an error reaches the user. Imports nothing heavy."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except IBFTError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of a launcher: its other processes most often fail alike
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

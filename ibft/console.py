@@ -21,11 +21,11 @@ Advance = Callable[..., None]  # (done so far, ...)
 class Console:
     """Everything goes to stdout; errors are the command line's business (stderr).
 
-    to_stderr: all of it goes there, where stdout is for machines.
+    to_stderr: all of it goes there, where stdout is for machines. quiet: nothing is shown.
     """
 
-    def __init__(self, *, to_stderr: bool = False) -> None:
-        self.rich = RichConsole(highlight=False, soft_wrap=True, stderr=to_stderr)
+    def __init__(self, *, to_stderr: bool = False, quiet: bool = False) -> None:
+        self.rich = RichConsole(highlight=False, soft_wrap=True, stderr=to_stderr, quiet=quiet)
 
     def notice(self, text: str) -> None:
         self.rich.print(f"note: {text}", style="yellow", markup=False)

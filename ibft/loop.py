@@ -1,8 +1,8 @@
 """The training loop: `train()` reads as verbs, and gradients are exact whatever the micro-batch.
 
 A global batch is normalised by its *true* number of label tokens (the KL by its own count), known on the CPU before
-the first micro-batch runs. So splitting it 1 x 8 or 8 x 1 changes nothing but rounding, and every micro-batch's loss
-simply adds up.
+the first micro-batch runs. So splitting it 1 x 8 or 8 x 1, or over several processes, changes nothing but rounding, and
+every micro-batch's loss simply adds up.
 """
 
 import math
@@ -26,6 +26,7 @@ from ibft.noise import z_stream
 from ibft.objective import IBObjective, LossParts
 from ibft.offload import HostEmbedding
 from ibft.optim import Groups, clip_gradients, gradient_norms
+from ibft.processes import largest, sum_step, sum_values
 from ibft.tap import HiddenTap, decoder_of
 from ibft_kernels import FoldedHead, Latent
 
@@ -75,16 +76,20 @@ class Trainer:
     """Step of the last held-out evaluation."""
     best: float = math.inf
     skipped: int = 0
-    """Steps that were not finite, since the run was started or gone on with."""
+    """Steps that were not finite and left out."""
+    signalled: int = 0
+    """Number of the signal that this process was sent."""
     interrupted: signal.Signals | None = None
+    """What the run stops for, in all its processes."""
     micro_rows: int = field(init=False)
     accumulation: int = field(init=False)
+    """Micro-batches of a step, those of all processes."""
     window: "Window" = field(init=False)
 
     def __post_init__(self) -> None:
         self.window = Window(self.accelerator.device)
         self.micro_rows = self.config.train.per_device_train_batch_size
-        self.accumulation = self.config.train.gradient_accumulation_steps
+        self.accumulation = self.config.train.gradient_accumulation_steps * self.accelerator.num_processes
 
     def train(self) -> None:
         """Run to `total_steps`, or to an interrupt; the last state is saved either way.
@@ -92,7 +97,7 @@ class Trainer:
         Raises:
             NonFiniteError: a loss, gradient, weight or held-out loss is not finite; nothing of it is saved.
         """
-        steps_per_epoch = count_steps(self.data, self.config)
+        steps_per_epoch = count_steps(self.data, self.config, self.accelerator.num_processes)
         assert steps_per_epoch > 0, "encode_rows refuses data without samples"
         self.window.restart()  # the clock starts here, not at the building of the trainer
         self.between_steps(steps_per_epoch)  # what a stop has kept from being done after the last one
@@ -126,12 +131,17 @@ class Trainer:
 
     def between_steps(self, steps_per_epoch: int) -> None:
         """Evaluate where that is due and not done, unless the run is to stop."""
-        if not self.interrupted and self.should_stop():
-            self.interrupted = signal.SIGTERM
-        if self.interrupted or self.step == 0 or self.evaluated == self.step:
+        if self.heed() or self.step == 0 or self.evaluated == self.step:
             return
         if self.due(self.config.train.eval_steps or steps_per_epoch) or self.step == self.total_steps:
             self.evaluate_and_keep_best()
+
+    def heed(self) -> bool:
+        """Whether to stop: for a signal to any of the processes, or what `should_stop` says in any."""
+        asked = self.signalled or (signal.SIGTERM if self.should_stop() else 0)
+        if self.interrupted is None and (asked := largest(self.accelerator, asked)):
+            self.interrupted = signal.Signals(asked)
+        return self.interrupted is not None
 
     def step_or_skip(self, micro_batches: list[Batch]) -> Row | None:
         """The step's metrics; None of one that is not finite, where the run may go on without it.
@@ -156,9 +166,9 @@ class Trainer:
 
     def rows_of(self, micro_batches: list[Batch]) -> list[int]:
         """Numbers of the data's rows, from 0, that a step was made of."""
-        train, settings = self.config.train, self.config.data
+        settings = self.config.data
         grouped = settings.group_by_length and not settings.packing
-        step_rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        step_rows = self.micro_rows * self.accumulation
         order = places_of_epoch(
             self.data, epoch=self.epoch, seed=self.config.runtime.seed, rows_per_step=step_rows if grouped else None
         )
@@ -215,27 +225,35 @@ class Trainer:
     def backward(self, micro_batches: list[Batch], *, collect: bool = False) -> LossParts:
         """Accumulate the gradient of a global batch (scaled by the fp16 scaler where there is one, then unscaled).
 
+        micro_batches: the whole step's; of several processes each takes its share.
+
         Returns the loss parts of the whole global batch.
         """
         label_tokens = sum(batch.num_label_tokens for batch in micro_batches)
         kl_tokens = sum(batch.num_kl_tokens for batch in micro_batches)
         with self.accelerator.autocast():
             folds = [self.objective.fold(self.lm_head, label_tokens, index) for index in range(len(self.taps))]
-        total: LossParts | None = None
+        total = self.objective.nothing(self.accelerator.device, collect=collect)
         with self.fused.held():
-            for batch in micro_batches:
+            for batch in self.share(micro_batches):
                 batch = self.to_device(batch)
                 request = self.request(batch, kl_tokens)
                 with self.context.batch(batch.noise_ids, batch.segments, request):
                     parts = self.forward(batch, label_tokens, kl_tokens, folds, collect)
                     self.accelerator.backward(parts.loss)
-                total = parts.detached() if total is None else total + parts.detached()
+                total = total + parts.detached()
         for fold in folds:
             if fold is not None:
                 fold.backward()
-        self.accelerator.unscale_gradients()
-        assert total is not None
+        if self.accelerator.num_processes > 1:
+            weights = [weight for params in self.groups.values() for weight in params]
+            total = total.with_values(sum_step(weights, total.values))
+        self.accelerator.unscale_gradients()  # after the sum: whether one overflowed is the same in every process
         return total
+
+    def share(self, micro_batches: list[Batch]) -> list[Batch]:
+        """This process's of a step's; at the end of an epoch there may be none."""
+        return micro_batches[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def to_device(self, batch: Batch) -> Batch:
         """With the embeddings of its ids, where their table is on the host: looked up before the ids leave it."""
@@ -321,17 +339,18 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         tokens = 0
         plain = IBObjective(None, alpha=0.0)
-        for (batch,) in self.batches(self.eval_data, epoch=0, evaluation=True):
-            if self.interrupted:
+        for batches in self.batches(self.eval_data, epoch=0, evaluation=True):
+            if self.heed():
                 return None
-            batch = self.to_device(batch)
-            with self.accelerator.autocast(), self.context.batch(batch.noise_ids, batch.segments):
-                last = self.last_hidden(batch)
-                total += plain(
-                    last, None, self.lm_head, label_rows=batch.label_rows, targets=batch.targets, label_normalizer=1
-                ).ce
-            tokens += batch.num_label_tokens
-        return float(total) / tokens
+            for batch in self.share(batches):
+                batch = self.to_device(batch)
+                with self.accelerator.autocast(), self.context.batch(batch.noise_ids, batch.segments):
+                    last = self.last_hidden(batch)
+                    total += plain(
+                        last, None, self.lm_head, label_rows=batch.label_rows, targets=batch.targets, label_normalizer=1
+                    ).ce
+            tokens += sum(batch.num_label_tokens for batch in batches)
+        return float(sum_values(self.accelerator, total)) / tokens
 
     def evaluate_and_keep_best(self) -> None:
         if self.eval_data is None:
@@ -402,15 +421,15 @@ class Trainer:
         )
 
     def batches(self, data: EncodedData, *, epoch: int, evaluation: bool = False, start: int = 0) -> Any:
-        """Optimizer steps of an epoch from number `start` on, each a list of micro-batches; evaluation: one micro-batch
-        each, in order."""
+        """Optimizer steps of an epoch from number `start` on, each a list of micro-batches; evaluation: in order, one
+        micro-batch a process each."""
         train, settings = self.config.train, self.config.data
         return steps_of_epoch(
             data,
             epoch=epoch,
             seed=self.config.runtime.seed,
             micro_rows=train.per_device_eval_batch_size if evaluation else self.micro_rows,
-            accumulation=1 if evaluation else self.accumulation,
+            accumulation=self.accelerator.num_processes if evaluation else self.accumulation,
             packing=settings.packing,
             max_length=settings.max_length,
             kl_tokens="real" if evaluation else self.config.ib.kl_tokens,
@@ -430,17 +449,17 @@ class Trainer:
 
     def interrupt(self, number: int, _frame: Any = None) -> None:
         """Signal handler: stop after the step under way. A second signal stops at once."""
-        if self.interrupted:
+        if self.signalled:
             raise KeyboardInterrupt
-        self.interrupted = signal.Signals(number)
+        self.signalled = number
 
 
-def count_steps(data: EncodedData, config: Config) -> int:
+def count_steps(data: EncodedData, config: Config, processes: int = 1) -> int:
     """Optimizer steps of one epoch."""
     return num_steps_per_epoch(
         data,
         micro_rows=config.train.per_device_train_batch_size,
-        accumulation=config.train.gradient_accumulation_steps,
+        accumulation=config.train.gradient_accumulation_steps * processes,
         packing=config.data.packing,
         max_length=config.data.max_length,
     )

@@ -51,6 +51,20 @@ class LossParts:
             sums = sums + other.latent_sums
         return LossParts(self.loss + other.loss, self.ce + other.ce, self.kl + other.kl, self.ce_z + other.ce_z, sums)
 
+    @property
+    def values(self) -> torch.Tensor:
+        """[n] all of its numbers in fp32, for a sum over processes."""
+        parts = [self.loss, self.ce, self.kl, self.ce_z]
+        if self.latent_sums is not None:
+            parts += [self.latent_sums.mu_abs, self.latent_sums.var, self.latent_sums.kl_Z]
+        return torch.cat([part.detach().float().reshape(-1) for part in parts])
+
+    def with_values(self, values: torch.Tensor) -> "LossParts":
+        """The same parts, of other `values`."""
+        loss, ce, kl, ce_z, *rest = values.split([1, 1, 1, 1, 1, 1, len(values) - 6] if self.latent_sums else 1)
+        sums = LatentSums(rest[2], rest[0][0], rest[1][0]) if rest else None
+        return LossParts(loss[0], ce[0], kl[0], ce_z[0], sums)
+
 
 @dataclass
 class LatentSums:
@@ -125,6 +139,13 @@ class IBObjective(nn.Module):
         if isinstance(self.bottleneck, nn.ModuleDict):
             return [cast(InformationBottleneck, each) for each in self.bottleneck.values()]
         return [] if self.bottleneck is None else [self.bottleneck]
+
+    def nothing(self, device: torch.device, *, collect: bool = False) -> LossParts:
+        """Parts of no micro-batch, to which those of some add up."""
+        zero = torch.zeros((), device=device)
+        width = sum(bottleneck.latent_dim for bottleneck in self.bottlenecks)
+        sums = LatentSums(torch.zeros(width, device=device), zero, zero) if collect and width else None
+        return LossParts(zero, zero, zero, zero, sums)
 
     def fold(self, lm_head: nn.Module, label_tokens: int, index: int = 0) -> FoldedHead | None:
         """The latent head folded once for all micro-batches of an optimizer step with `label_tokens` label tokens;

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ibft import checkpoint
+from ibft import checkpoint, processes
 from ibft.config import BUNDLED, Config, IBConfig, TrainConfig
 from ibft.console import Console, size
 from ibft.errors import ConfigError, DataError, OutOfMemoryError, SetupError
@@ -47,6 +47,8 @@ def run_training(
 ) -> int:
     """Train as configured; returns the exit code (0, or 128 + signal when interrupted and saved).
 
+    Started by a launcher, this is one process of several: the first one alone talks and writes (`ibft.processes`).
+
     resume: never, auto or a path, see `ibft.resume`. force_resume: also where settings, data, tokenizer or base differ.
 
     Cheap refusals come first: device, model configuration, layer and data are checked before any weight is loaded.
@@ -58,12 +60,13 @@ def run_training(
     if config.model.name_or_path == BUNDLED and all(is_local(path) for path in named):
         # the bundled base is on disk: no library need ask the network for anything. Never set for a user's own model.
         os.environ["HF_HUB_OFFLINE"] = "1"
-    console = Console()
+    first = processes.rank() == 0
+    console = Console(quiet=not first)
     for notice in notices or []:
         console.notice(notice)
     with out_of_memory_advice(), deterministic_algorithms(config.runtime.deterministic):
-        run_dir, resume = open_run(out, resume)
-        if run_dir.holds_run and not dry_run:
+        run_dir, resume = open_run(out, resume) if first else (RunDir(out, resumes=True), "never")
+        if first and run_dir.holds_run and not dry_run:
             run_dir.lock()  # before its checkpoints are looked at, and long before any weight is loaded
         check_trackers(config)
         device = choose_device(config)
@@ -96,32 +99,41 @@ def run_training(
             return 0
 
         accelerator = make_accelerator(config, device, dtype, run_dir)
+        if accelerator.num_processes > 1:
+            run_dir.path, found = processes.of_first([run_dir.path, found])
+            if not first and found is not None:
+                state = checkpoint.load(found)
         trainer, notes = build_trainer(config, tokenizer, data, layer, accelerator, dtype, choice)
         for notice in notes:
             console.notice(notice)
         start_trackers(config, accelerator)
-        run_dir.create()
+        if first:
+            run_dir.create()
         progress = Progress(run)
         try:
             if state is not None:
                 restore(trainer, *state)
                 progress.go_on(state[1])
                 console.line(f"resumed from {found}, after step {trainer.step} of {trainer.total_steps}")
-            run_dir.write_config(config)
-            run_dir.write_manifest(
-                device=device_name(device),
-                dtype=str(dtype).removeprefix("torch."),
-                seed=config.runtime.seed,
-                base_model=config.model.name_or_path,
-                data_sha256=data.sha256,
-                ib_layer=layer,
-                memory=choice.facts(),
-            )
+            if first:
+                run_dir.write_config(config)
+                run_dir.write_manifest(
+                    device=device_name(device),
+                    processes=accelerator.num_processes,
+                    dtype=str(dtype).removeprefix("torch."),
+                    seed=config.runtime.seed,
+                    base_model=config.model.name_or_path,
+                    data_sha256=data.sha256,
+                    ib_layer=layer,
+                    memory=choice.facts(),
+                )
             return train_and_report(config, trainer, tokenizer, tasks, run_dir, console, progress)
         except BrokenPipeError:  # whoever read our output has left: not the run folder's fault
             raise
         except OSError as error:  # a full disk, a vanished folder
             raise SetupError(f"run folder {run_dir.path}: {error.strerror or error}") from error
+        finally:
+            accelerator.end_training()
 
 
 def train_and_report(
@@ -134,7 +146,8 @@ def train_and_report(
     progress: "Progress",
 ) -> int:
     """Pass@1, training, Pass@1 again; then the table."""
-    rows: list[dict[str, Any]] = run_dir.rewind(trainer.step, trainer.evaluated)
+    first = trainer.accelerator.is_main_process
+    rows: list[dict[str, Any]] = run_dir.rewind(trainer.step, trainer.evaluated) if first else []
     warnings: list[str] = []
     watch = Watch(config, trainer.total_steps)
     for row in rows:  # of before a stop
@@ -164,12 +177,6 @@ def train_and_report(
         taken = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         console.line(f"saved {folder}: {size(taken)} in {time.perf_counter() - started:.1f} s")
 
-    stop = run_dir.path / STOP
-    if stop.exists():
-        console.notice(f"{stop} is of an earlier run: removed")
-        stop.unlink()
-    trainer.on_log, trainer.on_save, trainer.should_stop = log, save, stop.exists
-    trainer.on_notice = console.notice
     faults: list[dict[str, Any]] = []
 
     def fault(facts: dict[str, Any]) -> None:
@@ -178,7 +185,13 @@ def train_and_report(
         if facts["skipped"]:
             console.notice(f"{facts['error']}: the step is left out (train.skip_non_finite)")
 
-    trainer.on_fault = fault
+    if first:
+        stop = run_dir.path / STOP
+        if stop.exists():
+            console.notice(f"{stop} is of an earlier run: removed")
+            stop.unlink()
+        trainer.on_log, trainer.on_save, trainer.on_fault, trainer.on_notice = log, save, fault, console.notice
+        trainer.should_stop = stop.exists
     handlers = {number: signal.signal(number, trainer.interrupt) for number in SIGNALS}
     try:
         if not progress.began:
@@ -189,10 +202,10 @@ def train_and_report(
         with console.progress("training", trainer.total_steps) as advance:
             trainer.on_step = lambda step, _row: advance(step)
             trainer.train()
+        trainer.heed()  # a signal during the last save
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        trainer.accelerator.end_training()
     seconds = time.perf_counter() - started
     if trainer.interrupted:
         console.notice(
@@ -201,6 +214,8 @@ def train_and_report(
         )
         return 128 + trainer.interrupted
     after = pass_at_1(config, trainer, tokenizer, tasks, console, "after")
+    if not first:
+        return 0
     if config.ib.alpha > 0 and "compressed" not in watch.said and (fewer := solves_fewer(before, after)):
         warnings.append(fewer)
         console.notice(f"warning: {fewer}")
@@ -273,13 +288,16 @@ def build_trainer(
         bottleneck = torch.nn.ModuleDict(made) if len(layers) > 1 else made[str(layers[0])]
         groups["bottleneck"] = [weight for weight in bottleneck.parameters() if weight.requires_grad]
         taps = [HiddenTap(model, each) for each in layers]
+    processes.share_weights(accelerator, [weight for weights in groups.values() for weight in weights])
     objective = IBObjective(bottleneck, alpha=config.ib.alpha, beta=config.ib.beta, kl_reduction=config.ib.kl_reduction)
     optimizer, notices = make_optimizer(
         groups, config.train, bottleneck_lr=config.ib.learning_rate, device=accelerator.device
     )
     total_steps = config.train.max_steps
     if total_steps == -1:
-        total_steps = math.ceil(config.train.num_train_epochs * count_steps(data.train, config))
+        total_steps = math.ceil(
+            config.train.num_train_epochs * count_steps(data.train, config, accelerator.num_processes)
+        )
     scheduler = make_scheduler(optimizer, config.train, total_steps)
     trainer = Trainer(
         config=config,
@@ -341,15 +359,26 @@ def is_local(path: str | None) -> bool:
 
 
 def choose_device(config: Config) -> torch.device:
-    """Raises SetupError where CUDA was asked for and there is none."""
+    """Of several processes on a machine each has a GPU of its own.
+
+    Raises:
+        SetupError: CUDA was asked for and there is none, or too few. ConfigError: a setting for one process alone.
+    """
     available = torch.cuda.is_available()
     if config.runtime.device == "cuda" and not available:
         raise SetupError(
             "runtime.device=cuda, but torch finds no CUDA device (runtime.device=auto falls back to the CPU)"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SetupError("more than one process: this version trains on one device; start it without a launcher")
-    return torch.device("cuda" if available and config.runtime.device != "cpu" else "cpu")
+    on_cpu = not available or config.runtime.device == "cpu"
+    if processes.count() == 1:
+        return torch.device("cpu" if on_cpu else "cuda")
+    if config.train.auto_micro_batch:  # one process alone would run out of memory, and the others wait for it
+        raise ConfigError(f"train.auto_micro_batch: for one process, got {processes.count()}")
+    if on_cpu:
+        return torch.device("cpu")
+    if (number := processes.local_rank()) >= torch.cuda.device_count():
+        raise SetupError(f"{number + 1} or more processes on this machine, and {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", number)
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -374,6 +403,7 @@ def device_name(device: torch.device) -> str:
 def make_accelerator(config: Config, device: torch.device, dtype: torch.dtype, run_dir: RunDir) -> "Accelerator":
     """Device placement, mixed precision and trackers. Its own accumulation stays at 1: the loop accumulates exactly."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype]
     return Accelerator(
@@ -381,6 +411,7 @@ def make_accelerator(config: Config, device: torch.device, dtype: torch.dtype, r
         mixed_precision=precision,
         log_with=list(config.train.report_to) or None,
         project_dir=str(run_dir.path),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=processes.PATIENCE)],
     )
 
 
@@ -431,12 +462,15 @@ def pass_at_1(
     console: Console,
     when: str,
 ) -> dict[str, Any] | None:
-    """Greedy Pass@1 on the tasks; None without tasks; {"not_judged": reason} where code cannot be judged safely."""
+    """Greedy Pass@1 on the tasks; None without tasks; {"not_judged": reason} where code cannot be judged safely.
+
+    Of several processes the first one does it, and the others have None.
+    """
     from ibft.data.templates import choose_template
     from ibft.evaluation.generate import extract_code, generate
     from ibft.evaluation.judge import judge_tasks, why_not_judged
 
-    if not tasks:
+    if not tasks or not trainer.accelerator.is_main_process:
         return None
     unsafe, named = config.eval.run_without_isolation, config.data.template
     if reason := why_not_judged(allow_limits=unsafe):

@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from ibft import processes
 from ibft.config import BUNDLED, Config
 from ibft.errors import ConfigError
 from ibft.hashes import hash_file
@@ -29,7 +30,8 @@ Facts = dict[str, Any]  # JSON
 # settings that change nothing of what is trained, and paths of data, which their content's hash stands for
 FREE = (
     "preset", "model.offload_embeddings", "data.path", "data.eval_path", "data.keep_ids", "data.drop_ids",
-    "data.decontaminate", "data.cache", "train.gradient_checkpointing", "train.activation_offloading",
+    "data.decontaminate", "data.cache", "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.activation_offloading",
     "train.logging_steps", "train.eval_steps", "train.per_device_eval_batch_size", "train.report_to", "eval.",
     "checkpoint.", "runtime.memory_budget",
 )  # fmt: skip
@@ -55,8 +57,8 @@ class _Schedule(_Part):
 class _State(_Part):
     """index: steps already taken of this epoch. evaluated: step of the last evaluation. best: None before the first.
 
-    tokens, seconds: of training, in all. parameters: group -> names. optimizer: "<group>/<index>" -> what of that
-    weight's state is no tensor. scaler: of an fp16 run.
+    skipped: steps that were not finite and left out. tokens, seconds: of training, in all. parameters: group -> names.
+    optimizer: "<group>/<index>" -> what of that weight's state is no tensor. scaler: of an fp16 run.
     """
 
     seed: Count
@@ -65,6 +67,7 @@ class _State(_Part):
     step: Count
     evaluated: Count
     best: Finite | None
+    skipped: Count
     tokens: Count
     seconds: Annotated[Finite, Field(ge=0)]
     schedule: _Schedule
@@ -87,6 +90,7 @@ def collect(trainer: "Trainer") -> tuple[dict[str, Tensor], Facts]:
         step=trainer.step,
         evaluated=trainer.evaluated,
         best=trainer.best if math.isfinite(trainer.best) else None,
+        skipped=trainer.skipped,
         tokens=window.total_tokens + window.tokens,
         seconds=window.total_seconds + window.now() - window.start,
         schedule=_Schedule(
@@ -126,7 +130,7 @@ def restore(trainer: "Trainer", tensors: dict[str, Tensor], facts: Facts) -> Non
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(dict(state.scaler or {}))
     trainer.step, trainer.epoch, trainer.index = state.step, state.epoch, state.index
-    trainer.evaluated = state.evaluated
+    trainer.evaluated, trainer.skipped = state.evaluated, state.skipped
     trainer.best = math.inf if state.best is None else state.best
     window = trainer.window
     window.total_tokens, window.total_seconds = state.tokens, state.seconds
@@ -136,6 +140,8 @@ def restore(trainer: "Trainer", tensors: dict[str, Tensor], facts: Facts) -> Non
 def fingerprint(config: Config, data_sha256: str, tokenizer_key: str, base: str) -> Facts:
     """What decides a run's training, flat, by dotted key; two runs with equal ones are one run.
 
+    How a step's rows are split, into micro-batches or over processes, changes nothing but rounding.
+
     Args:
         data_sha256: of the training rows (`Datasets.sha256`).
         tokenizer_key: `ibft.data.cache.tokenizer_key`.
@@ -143,6 +149,8 @@ def fingerprint(config: Config, data_sha256: str, tokenizer_key: str, base: str)
     """
     flat = _flat(config.model_dump(mode="json"))
     facts = {key: value for key, value in flat.items() if not _is_free(key)}
+    rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    facts["train.rows_per_step"] = rows * processes.count()
     # held-out rows of a file, and those of the bundled data, are none of the training rows
     if config.data.eval_path is not None or config.data.path == BUNDLED:
         facts["data.val_size"] = "not used"
@@ -235,7 +243,7 @@ def _check(trainer: "Trainer", state: _State) -> None:
 
     if state.seed != trainer.config.runtime.seed:
         raise _misfit("runtime.seed", state.seed, trainer.config.runtime.seed)
-    steps = count_steps(trainer.data, trainer.config)
+    steps = count_steps(trainer.data, trainer.config, trainer.accelerator.num_processes)
     if state.index > steps or state.epoch * steps + state.index != state.step:
         got = f"after step {state.step} epoch {state.epoch} and {state.index} steps of it"
         raise _misfit("data", got, f"{steps} steps an epoch")

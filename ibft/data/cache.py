@@ -6,14 +6,18 @@
 
 The key is a hash of all that the encoding depends on: the bytes of the files, the tokenizer, template and settings. A
 folder is made under another name and renamed when it is whole, so that two processes, or one that is killed, leave
-whole folders alone. What does not agree with its meta.json is made again.
+whole folders alone. What does not agree with its meta.json is made again. Of several processes that want the same, as
+those of one run do, one makes it and the others wait (`turn`).
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,31 @@ def tokenizer_key(tokenizer: Any) -> str:
     inside = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     what = [type(tokenizer).__name__, inside, tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def turn(key: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """One process at a time for a key; `waiting` is called where another one has it. Without locks none waits, and at
+    worst two make the same."""
+    path = cache_folder() / "data" / f".{key[:16]}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:  # `write` will say why
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
 
 
 def read(key: str) -> tuple[EncodedData, dict[str, Any]] | None:

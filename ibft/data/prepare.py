@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,37 +62,47 @@ def prepare(
     """The rows of a file or hub id, encoded, and their hash. chosen: those that `data` keeps of the training rows."""
     bundled = settings.path == BUNDLED
     key = None if bundled or not settings.cache else key_for(path, settings, tokenizer, chosen=chosen)
-    found = cache.read(key) if key else None
-    if found is not None:
-        data, more = found
-        notes, digest = more["notes"], more["sha256"]
+    found = None
+    if key is None:
+        data, more = encode(path, settings, tokenizer, console, what, chosen=chosen)
     else:
-        rows = load_rows(path, split=settings.split)
-        given = len(rows)
-        notes = []
-        if chosen:
-            rows, notes = choose(rows, settings)
-        digest = hash_rows(rows)
-        try:
-            with console.progress(f"tokenising {what}", len(rows)) as advance:
-                data = encode_rows(
-                    rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos,
-                    template=settings.template, labels=settings.labels, truncation=settings.truncation,
-                    fields=settings.fields.given(), progress=advance,
-                )  # fmt: skip
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        if len(rows) < given:
-            notes.insert(0, f"{len(rows):,} of {given:,} rows ({', '.join(chosen_by(settings))})")
-        if key and (fault := cache.write(key, data, {"notes": notes, "sha256": digest})):
-            console.notice(f"the encoded data could not be cached: {fault}")
-    for note in notes:
+        waiting = partial(console.notice, f"another process prepares this {what}: waiting for it")
+        with cache.turn(key, waiting):
+            found = cache.read(key)
+            data, more = found or encode(path, settings, tokenizer, console, what, chosen=chosen)
+            if found is None and (fault := cache.write(key, data, more)):
+                console.notice(f"the encoded data could not be cached: {fault}")
+    for note in more["notes"]:
         console.data("rows", note)
     cached = " (cached)" if found is not None else ""
     if chosen:
         console.data("format", f"{data.described()}; template {settings.template}, labels: {settings.labels}")
     console.data(what, data.summary() + cached)
-    return data, digest
+    return data, more["sha256"]
+
+
+def encode(
+    path: str, settings: DataConfig, tokenizer: Any, console: Console, what: str, *, chosen: bool
+) -> tuple[EncodedData, dict[str, Any]]:
+    """As `prepare`, without the cache; with the data what the cache keeps beside it: "notes" and "sha256"."""
+    rows = load_rows(path, split=settings.split)
+    given = len(rows)
+    notes: list[str] = []
+    if chosen:
+        rows, notes = choose(rows, settings)
+    digest = hash_rows(rows)
+    try:
+        with console.progress(f"tokenising {what}", len(rows)) as advance:
+            data = encode_rows(
+                rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos,
+                template=settings.template, labels=settings.labels, truncation=settings.truncation,
+                fields=settings.fields.given(), progress=advance,
+            )  # fmt: skip
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    if len(rows) < given:
+        notes.insert(0, f"{len(rows):,} of {given:,} rows ({', '.join(chosen_by(settings))})")
+    return data, {"notes": notes, "sha256": digest}
 
 
 def choose(rows: Sequence[Row], settings: DataConfig) -> tuple[list[Row], list[str]]:

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import shutil
+import threading
 import time
 
 import numpy as np
@@ -124,7 +126,7 @@ def test_faults_leave_nothing_behind(data_file, tokenizer, tmp_path):
     data_file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": 3}\n')
     with pytest.raises(DataError, match=r"rows.jsonl: row 2: output is int, expected a string"):
         load(data_file, tokenizer)
-    assert not (tmp_path / "cache").exists()
+    assert cached(tmp_path) == []
 
 
 def many_times(key, barrier, folder):
@@ -154,6 +156,33 @@ def test_two_processes_with_one_key(tmp_path):
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
     assert [folder.name for folder in (tmp_path / "data").iterdir()] == ["k" * 64]
+
+
+def test_who_comes_second_waits_and_reads_what_the_first_made(data_file, tokenizer, monkeypatch, capsys, tmp_path):
+    """As the processes of one run do. The second comes while the first tokenises."""
+    load(data_file, tokenizer)
+    (key,) = cached(tmp_path)
+    made, begun, ends = cache.read(key), threading.Event(), threading.Event()
+    shutil.rmtree(tmp_path / "cache")
+
+    def first():
+        with cache.turn(key, lambda: pytest.fail("waited for none")):
+            begun.set()
+            assert ends.wait(60)
+            assert cache.write(key, *made) is None
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(60)
+    no_tokenizing(monkeypatch)
+    monkeypatch.setattr(Console, "notice", lambda self, text: (ends.set(), print(text)))
+    second = load(data_file, tokenizer)
+    thread.join()
+    assert list(second.train.samples) == list(made[0].samples)
+    out = capsys.readouterr().out
+    assert "another process prepares this training data: waiting for it" in out
+    assert "(cached)" in out
+    assert cached(tmp_path) == [key]
 
 
 def test_equal_rows_once(data_file, tokenizer, capsys):
