@@ -79,6 +79,8 @@ class Trainer:
     """Steps that were not finite and left out."""
     signalled: int = 0
     """Number of the signal that this process was sent."""
+    shape: torch.Size | None = None
+    """[B, T] of the last micro-batch begun."""
     interrupted: signal.Signals | None = None
     """What the run stops for, in all its processes."""
     micro_rows: int = field(init=False)
@@ -257,6 +259,7 @@ class Trainer:
 
     def to_device(self, batch: Batch) -> Batch:
         """With the embeddings of its ids, where their table is on the host: looked up before the ids leave it."""
+        self.shape = batch.input_ids.shape
         embeds = None if self.embeddings is None else self.embeddings.rows(batch.input_ids)
         return replace(batch.to(self.accelerator.device, non_blocking=True), embeds=embeds)
 

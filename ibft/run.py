@@ -16,8 +16,9 @@ import torch
 from ibft import checkpoint, processes
 from ibft.config import BUNDLED, Config, IBConfig, TrainConfig
 from ibft.console import Console, size
-from ibft.errors import ConfigError, DataError, OutOfMemoryError, SetupError
+from ibft.errors import ConfigError, DataError, SetupError
 from ibft.memory import free_memory, peak_memory_mib
+from ibft.out_of_memory import OutOfMemoryAdvice
 from ibft.plan import CUDA_CONTEXT, GIB, Choice, Load, ModelShape, Setup, choose_plan
 from ibft.resume import check_same_run, find_checkpoint, identity_of_base, open_run
 from ibft.rundir import RunDir, write_adapter
@@ -64,7 +65,7 @@ def run_training(
     console = Console(quiet=not first)
     for notice in notices or []:
         console.notice(notice)
-    with out_of_memory_advice(), deterministic_algorithms(config.runtime.deterministic):
+    with OutOfMemoryAdvice() as advice, deterministic_algorithms(config.runtime.deterministic):
         run_dir, resume = open_run(out, resume) if first else (RunDir(out, resumes=True), "never")
         if first and run_dir.holds_run and not dry_run:
             run_dir.lock()  # before its checkpoints are looked at, and long before any weight is loaded
@@ -92,7 +93,9 @@ def run_training(
         console.header(config, layer=layer, layers=base_config.num_hidden_layers, device=device, dtype=dtype)
         if config.data.max_length > base_config.max_position_embeddings:
             console.notice(f"data.max_length is beyond the model's {base_config.max_position_embeddings:,} positions")
-        choice = plan_memory(config, base_config, data, device, dtype, memory_budget(config, device))
+        setup = setup_of(config, base_config, data, device, dtype)
+        choice = choose_plan(setup, memory_budget(config, device))
+        advice.setup, advice.choice = setup, choice
         console.memory(config, choice)
         if dry_run:
             console.notice("dry run: configuration, model files and data are in order; nothing was trained or written")
@@ -104,6 +107,7 @@ def run_training(
             if not first and found is not None:
                 state = checkpoint.load(found)
         trainer, notes = build_trainer(config, tokenizer, data, layer, accelerator, dtype, choice)
+        advice.trainer = trainer
         for notice in notes:
             console.notice(notice)
         start_trackers(config, accelerator)
@@ -268,7 +272,7 @@ def build_trainer(
     context, device = BatchContext(config.runtime.seed), accelerator.device
     budget = memory_budget(config, device) if choice is None else None
     base = load_base(config.model, dtype=dtype, device=device)
-    plan = (choice or plan_memory(config, base.config, data, device, dtype, budget)).plan
+    plan = (choice or choose_plan(setup_of(config, base.config, data, device, dtype), budget)).plan
     embeddings = offload_embeddings(base, device) if plan.offload_embeddings else None
     model = add_lora(base, config.lora, context=context)
     # the context holds one block's order: of several the hooks take the hidden states
@@ -339,16 +343,9 @@ def memory_budget(config: Config, device: torch.device) -> int | None:
     return int(config.runtime.memory_budget * GIB) - (CUDA_CONTEXT if device.type == "cuda" else 0)
 
 
-def plan_memory(
-    config: Config, base_config: Any, data: "Datasets", device: torch.device, dtype: torch.dtype, budget: int | None
-) -> Choice:
-    """What to keep, to recompute and to offload. base_config: transformers' of the base.
-
-    Raises:
-        ConfigError: embeddings that are the head too were to be offloaded.
-    """
-    shape = ModelShape.of(base_config)
-    return choose_plan(Setup.of(shape, config, device.type, dtype.itemsize, Load.of(config, data.train)), budget)
+def setup_of(config: Config, base_config: Any, data: "Datasets", device: torch.device, dtype: torch.dtype) -> Setup:
+    """What the memory plan is made for. base_config: transformers' of the base."""
+    return Setup.of(ModelShape.of(base_config), config, device.type, dtype.itemsize, Load.of(config, data.train))
 
 
 def is_local(path: str | None) -> bool:
@@ -530,22 +527,3 @@ class Progress:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             console.notice(f"the trackers (train.report_to) failed and get no more rows: {reason}")
             self.tracks = False
-
-
-class out_of_memory_advice:
-    """Turns torch's out-of-memory error into exit code 6 with the cheapest things to change."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-        if cpu or isinstance(error, torch.OutOfMemoryError):
-            peak = peak_memory_mib(torch.device("cpu" if cpu else "cuda")) / 2**10
-            raise OutOfMemoryError(
-                f"out of memory after {peak:.1f} GiB: try train.auto_micro_batch=true, "
-                "train.gradient_checkpointing=auto with a smaller "
-                "runtime.memory_budget, train.per_device_train_batch_size=1 (and more "
-                "train.gradient_accumulation_steps), or a smaller data.max_length; `ibft-fast estimate` with the same "
-                "arguments shows what takes the memory"
-            ) from error

@@ -1,6 +1,7 @@
 """Steps that are not finite, and memory that runs out."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -117,7 +118,9 @@ def test_out_of_memory(tmp_path, monkeypatch, allowed):
         result = train(out, f"train.auto_micro_batch={allowed}")
     if not allowed:
         assert result.exit_code == 6, result.output
-        assert "train.auto_micro_batch=true" in result.output
+        said = " ".join(result.stderr.split())
+        assert re.match(r"error: out of memory after 0\.[1-9] GiB, in step 1, 4 x 128 tokens: try ", said), said
+        assert "try train.gradient_checkpointing=auto, or train.auto_micro_batch=true, or `ibft-fast estimate`" in said
         return
     assert result.exit_code == 0, result.output
     assert "going on with 1 rows a micro-batch and 4 micro-batches a step, the same global batch" in result.output

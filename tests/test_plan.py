@@ -16,7 +16,19 @@ from benchmarks.harness.peak_memory import live_bytes, tensor_storages
 from ibft import attention_cpu, footprint
 from ibft.errors import ConfigError
 from ibft.load_config import load_config
-from ibft.plan import CUDA_CONTEXT, GIB, Load, ModelShape, Plan, Setup, changed, choose_plan, estimate, flops
+from ibft.plan import (
+    CUDA_CONTEXT,
+    GIB,
+    Load,
+    ModelShape,
+    Plan,
+    Setup,
+    changed,
+    choose_plan,
+    estimate,
+    flops,
+    less_memory,
+)
 from ibft.recompute import set_recompute
 from ibft.tiny import BASE_DIR
 from ibft_kernels._workspace import release_logits_buffer
@@ -414,6 +426,20 @@ def test_the_order_of_the_last_resorts():
     tied = choose_plan(setup_of("qwen2.5-1.5b"), GIB // 2)
     assert tied.plan.activation_offloading
     assert not tied.plan.offload_embeddings
+
+
+def test_after_running_out_the_mildest_change_takes_a_tenth_less():
+    """First more is recomputed, at the same result; with all of it recomputed, fewer rows a micro-batch."""
+    setup = setup_of("deepseek-coder-7b", "train.gradient_checkpointing=auto", "train.per_device_train_batch_size=4")
+    roomy = choose_plan(setup, None)
+    (override,) = less_memory(setup, roomy)
+    key, _, gib = override.partition("=")
+    assert key == "runtime.memory_budget"
+    after = choose_plan(setup, int(float(gib) * GIB) - CUDA_CONTEXT)
+    assert after.fits
+    assert after.estimate.total <= 0.91 * roomy.estimate.total
+    asked = setup_of("deepseek-coder-7b", "train.gradient_checkpointing=true", "train.per_device_train_batch_size=4")
+    assert less_memory(asked, choose_plan(asked, None))[:1] == ("train.gradient_checkpointing=auto",)
 
 
 def test_what_is_asked_for_is_planned():

@@ -171,7 +171,7 @@ def test_the_trainer_offloads_what_the_plan_says(folder, monkeypatch):
     """`build_trainer` hands the plan's offloading on, to the blocks and to the loop's own lookup, for the same bits."""
     plan = Plan(("full",) * 5, activation_offloading=True, offload_embeddings=True)
     expected = one_step(trainer_of(folder))
-    monkeypatch.setattr(run, "plan_memory", lambda *_: SimpleNamespace(plan=plan))
+    monkeypatch.setattr(run, "choose_plan", lambda *_: SimpleNamespace(plan=plan))
     trainer = trainer_of(folder)
     decoder = decoder_of(trainer.model)
     assert all(isinstance(block.forward.copies, HostCopies) for block in decoder.layers)
