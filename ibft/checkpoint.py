@@ -173,6 +173,14 @@ def os_errors() -> Iterator[None]:
         raise
 
 
+def share(folder: Path) -> None:
+    """Gives its files the rights of any new file: safetensors writes files that their owner alone may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
 def _numbered(root: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
     """(step, folder) of root's folders that have such a name; links are nobody's checkpoint here."""
     try:
@@ -202,6 +210,7 @@ def _write(
     folder.mkdir()
     fill(folder)
     save_file(tensors, folder / OPTIMIZER)
+    share(folder)
     (folder / STATE).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     files = {}
     for path in sorted(folder.rglob("*")):

@@ -85,6 +85,8 @@ class DataConfig(Section):
     """What is taught: the last response, every turn of the assistant (the same where there is one), or every token."""
     eval_path: str | None = None
     """Held-out rows; if absent, `val_size` of the training rows are held out."""
+    eval_split: str | None = None
+    """Split of eval_path (which may be the same hub data set or folder as path); default: that of the training rows."""
     val_size: Share = 0.02
     """Share of the rows held out where there is no eval_path (at least 1, at most 512 rows); 0: no evaluation.
     The bundled data have held-out rows of their own."""

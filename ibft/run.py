@@ -75,6 +75,7 @@ def run_training(
 
         from ibft.data.cache import tokenizer_key
         from ibft.data.prepare import load_data
+        from ibft.data.templates import template_in_use
         from ibft.model import load_model_config, load_tokenizer, resolve_layers
 
         base_config = load_model_config(config.model)
@@ -128,6 +129,7 @@ def run_training(
                     seed=config.runtime.seed,
                     base_model=config.model.name_or_path,
                     data_sha256=data.sha256,
+                    template=template_in_use(config.data.template, data.train.formats),
                     ib_layer=layer,
                     memory=choice.facts(),
                 )
@@ -463,13 +465,13 @@ def pass_at_1(
 
     Of several processes the first one does it, and the others have None.
     """
-    from ibft.data.templates import choose_template
+    from ibft.data.templates import choose_template, template_in_use
     from ibft.evaluation.generate import extract_code, generate
     from ibft.evaluation.judge import judge_tasks, why_not_judged
 
     if not tasks or not trainer.accelerator.is_main_process:
         return None
-    unsafe, named = config.eval.run_without_isolation, config.data.template
+    unsafe = config.eval.run_without_isolation
     if reason := why_not_judged(allow_limits=unsafe):
         return {"not_judged": reason}
     with console.progress(f"Pass@1 {when} training", len(tasks)) as advance, trainer.accelerator.autocast():
@@ -479,7 +481,7 @@ def pass_at_1(
             [task["instruction"] for task in tasks],
             max_new_tokens=config.eval.max_new_tokens,
             batch_size=config.eval.batch_size,
-            template=choose_template("released" if named == "auto" else named, tokenizer),
+            template=choose_template(template_in_use(config.data.template, trainer.data.formats), tokenizer),
             progress=advance,
         )
     verdicts = judge_tasks(tasks, [extract_code(completion) for completion in completions], allow_limits=unsafe)

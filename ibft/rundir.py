@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ibft.checkpoint import os_errors
+from ibft.checkpoint import os_errors, share
 from ibft.config import Config
 from ibft.errors import ConfigError, DataError, SetupError
 from ibft.lock import hold
@@ -171,11 +171,24 @@ class RunDir:
         fresh.mkdir(parents=True)
         with os_errors():
             write_adapter(fresh, model, bottleneck, tokenizer)
+            share(fresh)
         if target.exists():
             os.replace(target, old)
         os.replace(fresh, target)
         shutil.rmtree(old, ignore_errors=True)
         return target
+
+
+def template_of(adapter: Path) -> str:
+    """How the run that the adapter lies in (as RUN/adapter or RUN/checkpoints/step-N) framed its prompts, by the name
+    of `data.template`; "released" for an adapter of elsewhere."""
+    for folder in (adapter.parent, adapter.parent.parent):
+        try:
+            name = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["template"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return str(name)
+    return "released"
 
 
 def write_adapter(

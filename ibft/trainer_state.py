@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 Facts = dict[str, Any]  # JSON
 # settings that change nothing of what is trained, and paths of data, which their content's hash stands for
 FREE = (
-    "preset", "model.offload_embeddings", "data.path", "data.eval_path", "data.keep_ids", "data.drop_ids",
-    "data.decontaminate", "data.cache", "train.per_device_train_batch_size",
+    "preset", "model.offload_embeddings", "data.path", "data.eval_path", "data.eval_split", "data.keep_ids",
+    "data.drop_ids", "data.decontaminate", "data.cache", "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.activation_offloading",
     "train.logging_steps", "train.eval_steps", "train.per_device_eval_batch_size", "train.report_to", "eval.",
     "checkpoint.", "runtime.memory_budget",

@@ -17,6 +17,7 @@ from ibft.cli import app
 from ibft.load_config import load_config
 from ibft.lock import LOCK
 from ibft.loop import Trainer
+from ibft.rundir import template_of
 from ibft_kernels import _dispatch
 
 SETTINGS = [
@@ -64,6 +65,19 @@ def test_the_case_holds_two_epochs(straight):
     epochs = [row["epoch"] for row in rows_of(straight) if "loss" in row]
     assert [epochs.count(number) for number in (0, 1)] == [6, 6]
     assert [folder.name for folder in sorted((straight / "checkpoints").iterdir())] == ["step-10", "step-12"]
+
+
+def test_whoever_may_read_new_files_may_read_the_run_s(straight):
+    mask = os.umask(0)
+    os.umask(mask)
+    rights = {path.name: path.stat().st_mode & 0o777 for path in straight.rglob("*.safetensors")}
+    assert rights.keys() >= {"adapter_model.safetensors", "ib_bottleneck.safetensors", "optimizer.safetensors"}
+    assert set(rights.values()) == {0o666 & ~mask}
+
+
+def test_the_run_says_how_its_adapter_is_to_be_asked(straight):
+    assert template_of(straight / "adapter") == template_of(straight / "checkpoints" / "step-12") == "released"
+    assert json.loads((straight / "manifest.json").read_text())["template"] == "released"
 
 
 class Killed(BaseException):

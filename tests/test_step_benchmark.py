@@ -255,12 +255,13 @@ def test_sweeps_change_one_size_at_a_time(kind):
             assert float(row[name]) == pytest.approx(value, abs=0.0101)
 
 
-@pytest.mark.skipif(not real_data.FILE.is_file(), reason="needs code_alpaca_2k.json.gz (see IBFT_DATA)")
+@pytest.mark.skipif(not real_data.FILE.is_file(), reason="needs new_codealpaca.jsonl.gz (see IBFT_DATA)")
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_real_rows_are_the_same_in_every_layout(kind):
     comparison = real_data.comparison(torch.device(kind), "qwen2.5-coder-1.5b")
     rows = {name: provider.rows for name, provider in comparison.providers.items()}
     assert rows["ours"] is rows["hf"]
+    assert rows["ours, padded to longest"] is rows["hf, padded to longest"]
     assert rows["ours"].tokens == rows["hf, padded to longest"].tokens
     assert rows["ours"].padding < 0.01 < rows["hf, padded to longest"].padding < 0.8 < rows["released"].padding
     if kind == "cuda":

@@ -42,7 +42,12 @@ MARKED = re.compile(
     r"(<!-- table: (?P<name>[a-z-]+)(?: (?P<kind>cpu|gpu))? -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL
 )
 NO_GPU = "unmeasured: no rows of a GPU"
-NAMES = {"hf": "transformers + PEFT + bitsandbytes", "released": "the released way", "unsloth": "Unsloth"}
+NAMES = {
+    "hf": "transformers + PEFT + bitsandbytes",
+    "released": "the released way",
+    "unsloth": "Unsloth",
+    "ours, padded": "ours",
+}
 # They compute less than the op does, and are no peers of it: what it is held to.
 BOUNDS = ("product", "dense weight", "torch.randn", "F.dropout")
 

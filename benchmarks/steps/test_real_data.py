@@ -1,5 +1,5 @@
 """Whole training steps on real instruction data (`real_data`), in real tokens a second: what packing is worth where
-lengths vary. Ours and the baseline on the same packed rows, the baseline padded, and padded as the released code does.
+lengths vary. Ours and the baseline on the same packed rows, both padded, and padded as the released code does.
 """
 
 import pytest

@@ -100,6 +100,11 @@ def read_row(row: Row, where: str = "a row") -> tuple[Content, str]:
     raise DataError(f"{where} has the keys {', '.join(map(str, row)) or '(none)'}; expected {ACCEPTED_KEYS}")
 
 
+def is_chat(found: str) -> bool:
+    """Whether the keys, as `read_row` names them, are those of a conversation."""
+    return found in ("messages", "conversations") or found.endswith("(messages)")
+
+
 def rename(row: Row, fields: Mapping[str, str], where: str) -> Row:
     """The row with the keys that `data.fields` names under the names that formats know, and no other.
 

@@ -48,7 +48,8 @@ def load_data(config: Config, tokenizer: Any, console: Console) -> Datasets:
     held_out = None
     if settings.eval_path is not None or settings.path == BUNDLED:
         path = str(task_file("validation")) if settings.eval_path in (None, BUNDLED) else str(settings.eval_path)
-        held_out, _ = prepare(path, settings, tokenizer, console, "held-out data")
+        of = settings.model_copy(update={"split": settings.eval_split or settings.split})
+        held_out, _ = prepare(path, of, tokenizer, console, "held-out data")
     elif settings.val_size > 0 and len(train.samples) > 1:
         count = min(max(1, round(settings.val_size * len(train.samples))), MAX_HELD_OUT, len(train.samples) - 1)
         train, held_out = hold_out(train, count)

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ibft.data.formats import Chat, Pair
+from ibft.data.formats import Chat, Pair, is_chat
 from ibft.data.sources import Row
 from ibft.errors import ConfigError, DataError
 
@@ -64,6 +64,14 @@ class Template:
             return str(self._prompt.render(values))
         except Exception as error:  # whatever a template's own code raises
             raise refused(where, self.name, error) from error
+
+
+def template_in_use(name: str, formats: Mapping[str, int]) -> str:
+    """What `auto` comes to for rows that were found by such keys (`EncodedData.formats`): a model is asked as it was
+    taught."""
+    if name != "auto":
+        return name
+    return "chat" if formats and all(is_chat(keys) for keys in formats) else "released"
 
 
 def choose_template(name: str, tokenizer: Any) -> Template:

@@ -46,7 +46,9 @@ def generate(
     n: Annotated[int, typer.Option("--n", "-n", help="Samples a problem and temperature.")] = 1,
     temperature: Annotated[str, typer.Option(help="One or more, e.g. 0.2,0.6,1.0; 0: greedy.")] = "0",
     top_p: Annotated[float, typer.Option(help="Nucleus of each token's distribution; 1: all of it.")] = 0.95,
-    prompt_style: Annotated[str, typer.Option(help="auto, plain, chat, released or origen.")] = "auto",
+    prompt_style: Annotated[
+        str, typer.Option(help="auto (as the adapter was taught), plain, chat, released, alpaca or origen.")
+    ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Sample i of a task has its own seed, drawn from this.")] = 0,

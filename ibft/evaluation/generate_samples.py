@@ -16,6 +16,7 @@ from ibft.evaluation.local_model import LocalModel, check_adapter
 from ibft.evaluation.prompts import Prompt, Style, choose_style, make_prompt, stops_of
 from ibft.evaluation.sample_file import SampleFile, all_wanted
 from ibft.evaluation.suites import Suite, load_problems, suite_of
+from ibft.rundir import template_of
 
 PACKAGES = ("ibft-fast", "torch", "transformers", "peft", "bitsandbytes")
 QUANTIZATIONS = ("none", "nf4")
@@ -67,7 +68,8 @@ def run_generate(
     )
     check_choice("--quantization", quantization, QUANTIZATIONS)
     check_choice("--device", device, DEVICES)
-    style = choose_style(prompt_style, suite, adapted=adapter is not None)
+    template = None if adapter is None else template_of(Path(adapter).expanduser())
+    style = choose_style(prompt_style, suite, template=template)
     path = check_out(out)
     if base_url is not None and (adapter is not None or quantization != "none" or device != "auto"):
         raise ConfigError(

@@ -3,6 +3,7 @@
     plain     the text that a base model continues: HumanEval's prompt as it is; MBPP's task and asserts as a docstring;
               a Verilog module's header, its description in front as a comment; `Question: ... Answer:` for GSM8K
     released  the instruction and a newline, no special tokens: what training teaches (`ibft.data.encode`)
+    alpaca    the instruction in Alpaca's frame: what training teaches with data.template=alpaca
     chat      the instruction as a user's message, in the model's own chat template
     origen    OriGen's: `### Instruction: ... {description}\\n### Response: {module header}` (henryen/OriGen)
 
@@ -18,7 +19,7 @@ from typing import Literal, get_args
 from ibft.errors import ConfigError, DataError
 from ibft.evaluation.suites import Problem
 
-Style = Literal["plain", "chat", "released", "origen"]
+Style = Literal["plain", "chat", "released", "alpaca", "origen"]
 STYLES: tuple[Style, ...] = get_args(Style)
 
 FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -82,14 +83,23 @@ def asked_as(suite: str) -> str:
     return suite.removesuffix("-plus")
 
 
-def choose_style(name: str, suite: str, *, adapted: bool) -> Style:
-    """`auto`: released for an adapter and for jsonl-tests, since training teaches it; else plain.
+def choose_style(name: str, suite: str, *, template: str | None) -> Style:
+    """`auto`: an adapter is asked as it was taught, a base by the plain text, but for jsonl-tests (released).
+
+    template: in which the adapter was trained (`ibft.rundir.template_of`); None without an adapter.
 
     Raises:
-        ConfigError: an unknown name; origen for another suite than VerilogEval.
+        ConfigError: an unknown name; origen for another suite than VerilogEval; `auto` for a template of a file.
     """
     if name == "auto":
-        return "released" if adapted or suite == "jsonl-tests" else "plain"
+        if template is None:
+            return "released" if suite == "jsonl-tests" else "plain"
+        taught = "released" if template == "auto" else template
+        if taught not in STYLES:
+            raise ConfigError(
+                f"this adapter was trained with data.template={template}: name a --prompt-style of {', '.join(STYLES)}"
+            )
+        return next(style for style in STYLES if style == taught)
     if name not in STYLES:
         raise ConfigError(f"--prompt-style: got {name}, expected auto, {', '.join(STYLES)}")
     if name == "origen" and suite != "verilogeval-v1":
@@ -117,6 +127,15 @@ def make_prompt(style: Style, suite: str, problem: Problem, description: str | N
         said = AS_DESIGNER.format(description=_needed(description, style))
         return Prompt(f"### Instruction: {said}\n### Response: {problem['prompt']}")
     instruction = _instruction(style, suite, problem, description)
+    if style == "alpaca":
+        from ibft.data.formats import Pair
+        from ibft.data.templates import Template
+
+        extra = problem.get("input") if suite == "jsonl-tests" else None  # which the frame has a place of its own for
+        asked = Pair(instruction, "", instruction)
+        if isinstance(extra, str) and extra:
+            asked = Pair(instruction, "", instruction.removesuffix(f"\n{extra}"), extra)
+        return Prompt(Template("alpaca").prompt(asked), special_tokens=False)
     if style == "released":
         return Prompt(instruction + "\n", special_tokens=False)
     if suite == "gsm8k":

@@ -177,7 +177,7 @@ def plan_tasks(base: Config, asked: Asked) -> tuple[Suite | None, dict[str, str]
         asked.suite, asked.n, temperatures, descriptions=asked.descriptions, max_new_tokens=longest,
         batch_size=base.eval.batch_size, rule=asked.rule,
     )  # fmt: skip
-    style = choose_style(suite.prompt_style, suite.suite, adapted=True)
+    style = choose_style(suite.prompt_style, suite.suite, template=base.data.template)
     problems = {}
     for name, path in splits.items():
         load_prompts(kind, path, suite.descriptions, style)

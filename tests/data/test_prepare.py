@@ -185,6 +185,17 @@ def test_who_comes_second_waits_and_reads_what_the_first_made(data_file, tokeniz
     assert cached(tmp_path) == [key]
 
 
+def test_held_out_rows_of_another_split(data_file, tokenizer, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name, rows in {"train": ROWS[:30], "validation": ROWS[30:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load(folder, tokenizer, f"data.eval_path={folder}", "data.eval_split=validation")
+    assert (len(data.train.samples), len(data.held_out.samples)) == (30, 10)
+    same = load(folder, tokenizer, f"data.eval_path={folder}")
+    assert len(same.held_out.samples) == 30
+
+
 def test_equal_rows_once(data_file, tokenizer, capsys):
     data_file.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:3], ROWS[1], ROWS[0]]))
     data = load(data_file, tokenizer, "data.deduplicate=true")

@@ -20,6 +20,7 @@ from ibft.evaluation.prompts import (
     stops_of,
 )
 from ibft.evaluation.suites import SUITES
+from ibft.rundir import template_of
 
 SHARED_DATA = Path(os.environ.get("IBFT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -92,6 +93,41 @@ def test_released_prompts_are_those_of_training():
     assert make_prompt("released", "jsonl-tests", row).text == to_prompt_response(row)[0] + SEPARATOR
 
 
+@pytest.mark.parametrize("extra", ["", "x = 1"])
+def test_alpaca_prompts_are_those_of_training(extra):
+    from ibft.data.formats import read_row
+    from ibft.data.templates import Template
+
+    row = {**TASK, "input": extra, "output": "def f(): ..."}
+    pair, _ = read_row(row)
+    assert make_prompt("alpaca", "jsonl-tests", row).text == Template("alpaca").prompt(pair)
+    assert ("### Input:\nx = 1" in make_prompt("alpaca", "jsonl-tests", row).text) == bool(extra)
+
+
+@pytest.mark.parametrize(
+    ("template", "formats", "asked"),
+    [
+        ("auto", {"instruction + output": 3}, "released"),
+        ("auto", {"messages": 2, "prompt + completion (messages)": 1}, "chat"),
+        ("auto", {"messages": 2, "instruction + output": 1}, "released"),
+        ("auto", {}, "released"),
+        ("alpaca", {"messages": 2}, "alpaca"),
+    ],
+)
+def test_auto_asks_as_the_rows_were_taught(template, formats, asked):
+    from ibft.data.templates import template_in_use
+
+    assert template_in_use(template, formats) == asked
+
+
+@pytest.mark.parametrize("adapter", ["adapter", "checkpoints/step-4"])
+def test_an_adapter_is_asked_as_its_run_was_taught(tmp_path, adapter):
+    (tmp_path / "run" / adapter).mkdir(parents=True)
+    assert template_of(tmp_path / "run" / adapter) == "released"
+    (tmp_path / "run" / "manifest.json").write_text('{"template": "alpaca"}')
+    assert template_of(tmp_path / "run" / adapter) == "alpaca"
+
+
 @pytest.mark.parametrize(("suite", "problem"), [("jsonl-tests", {"task_id": "t/9"}), ("mbpp", {**MBPP, "text": 3})])
 def test_problems_without_a_text(suite, problem):
     with pytest.raises(DataError, match=f"problem {problem['task_id']}: expected text under "):
@@ -99,15 +135,20 @@ def test_problems_without_a_text(suite, problem):
 
 
 def test_choose_style():
-    plain = {name for name in SUITES if choose_style("auto", name, adapted=False) == "plain"}
+    plain = {name for name in SUITES if choose_style("auto", name, template=None) == "plain"}
     assert plain == SUITES.keys() - {"jsonl-tests"}
-    assert choose_style("auto", "jsonl-tests", adapted=False) == "released"
-    assert {choose_style("auto", suite, adapted=True) for suite in SUITES} == {"released"}
-    assert [choose_style(style, "verilogeval-v1", adapted=True) for style in STYLES] == list(STYLES)
-    with pytest.raises(ConfigError, match="--prompt-style: got alpaca, expected auto, plain, chat, released, origen"):
-        choose_style("alpaca", "mbpp", adapted=False)
+    assert choose_style("auto", "jsonl-tests", template=None) == "released"
+    for template in ("auto", "released", "alpaca", "chat"):
+        taught = "released" if template == "auto" else template
+        assert {choose_style("auto", suite, template=template) for suite in SUITES} == {taught}
+    assert [choose_style(style, "verilogeval-v1", template="x.jinja") for style in STYLES] == list(STYLES)
+    with pytest.raises(ConfigError, match="trained with data.template=x.jinja: name a --prompt-style of plain, chat"):
+        choose_style("auto", "mbpp", template="x.jinja")
+    expected = "--prompt-style: got phi, expected auto, plain, chat, released, alpaca, origen"
+    with pytest.raises(ConfigError, match=expected):
+        choose_style("phi", "mbpp", template=None)
     with pytest.raises(ConfigError, match="expected --suite verilogeval-v1, got mbpp"):
-        choose_style("origen", "mbpp", adapted=False)
+        choose_style("origen", "mbpp", template=None)
 
 
 def test_stops():
