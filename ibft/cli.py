@@ -159,6 +159,88 @@ def estimate(
         run_estimate(config, notices)
 
 
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="Run folder (its adapter/), or an adapter's folder.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the merged model.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare logits at the end; default: where memory suffices and the base is not large.",
+            show_default=False,
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Add the adapter into the full-precision base: a model folder for vLLM, llama.cpp, Ollama (docs/deploy.md).
+
+    Takes a few GB of memory, whatever the base. All of it is written, or nothing.
+
+    Examples: `ibft-fast merge runs/a -o merged`, `ibft-fast merge runs/a/adapter-best -o best --dtype fp16`.
+
+    Exit codes: 0 done, 2 arguments, 4 base or adapter missing or damaged, or no room on the disk.
+    """
+    with one_line_errors(debug):
+        from ibft.merge import run_merge
+
+        run_merge(run, out, dtype, verify=verify)
+
+
+@app.command()
+def generate(
+    run: Annotated[str, typer.Argument(help="Run folder, an adapter's folder, or a merged model.", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Option(help="Default: each line of stdin is one, until it ends.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of each token's distribution; 1: all of it.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same prompts in the same order get the same answers.")] = 0,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Of a run folder: adapter (the last, the default) or adapter-best.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Ask a trained model, with the run's own template: one prompt, or one after another at a terminal or from a pipe.
+
+    Examples: `ibft-fast generate runs/a --prompt "Write a function that adds two numbers."`,
+    `ibft-fast generate runs/a --temperature 0.8`, `ibft-fast generate merged < prompts.txt`.
+
+    Exit codes: 0 done (stdin has ended, or Ctrl-C at a prompt), 2 arguments, 3 a prompt that is no text or that the
+    template refuses, 4 base or adapter missing or damaged, 6 out of memory, 130 interrupted.
+    """
+    with one_line_errors(debug):
+        from ibft.chat import run_generate
+
+        run_generate(
+            run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            adapter=adapter,
+        )  # fmt: skip
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page, .html.")] = Path("report.html"),
+    debug: Debug = False,
+) -> None:
+    """One HTML page about one or several training runs: curves, warnings, scores, and the settings that differ.
+
+    It needs no network and holds no script. A run that is under way or stopped early is shown as far as it is.
+
+    Examples: `ibft-fast report runs/a`, `ibft-fast report runs/a runs/b -o compare.html`.
+
+    Exit codes: 0 done, 2 arguments or a folder without a run, 3 a file that cannot be read or written.
+    """
+    with one_line_errors(debug):
+        from ibft.run_report.page import run_report
+
+        run_report(runs, out)
+
+
 def _configure(arguments: list[str] | None, options: Sequence[str] = ()) -> "tuple[Config, list[str]]":
     """The configuration that the arguments name, and notices. options: overrides that come last."""
     given = list(arguments or [])

@@ -82,13 +82,18 @@ class LatentSums:
         return LatentSums(torch.cat((self.kl_Z, other.kl_Z)), self.mu_abs + other.mu_abs, self.var + other.var)
 
     def summary(self, tokens: int) -> dict[str, float]:
-        """Mean |mu|, mean variance and the share of latent dimensions in use. Synchronises."""
+        """Mean |mu|, mean variance, the share of latent dimensions in use, and the mean KL (nats per token) of the
+        dimension with the least, the middle and the most of it. Synchronises."""
         count = max(tokens, 1)
         dims = self.kl_Z.numel()
+        kl_Z = (self.kl_Z / count).sort().values.tolist()
         return {
             "mu_abs_mean": float(self.mu_abs) / (count * dims),
             "var_mean": float(self.var) / (count * dims),
-            "active_dims": float((self.kl_Z / count > ACTIVE_DIM_NATS).float().mean()),
+            "active_dims": sum(kl > ACTIVE_DIM_NATS for kl in kl_Z) / dims,
+            "kl_dim_min": kl_Z[0],
+            "kl_dim_median": (kl_Z[(dims - 1) // 2] + kl_Z[dims // 2]) / 2,
+            "kl_dim_max": kl_Z[-1],
         }
 
 

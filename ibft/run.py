@@ -18,6 +18,7 @@ from ibft.config import BUNDLED, Config, IBConfig, TrainConfig
 from ibft.console import Console, size
 from ibft.errors import ConfigError, DataError, SetupError
 from ibft.memory import free_memory, peak_memory_mib
+from ibft.model_card import write_model_card
 from ibft.out_of_memory import OutOfMemoryAdvice
 from ibft.plan import CUDA_CONTEXT, GIB, Choice, Load, ModelShape, Setup, choose_plan
 from ibft.resume import check_same_run, find_checkpoint, identity_of_base, open_run
@@ -171,7 +172,8 @@ def train_and_report(
     def save(name: str) -> None:
         bottleneck = trainer.objective.bottleneck
         if not name.startswith("checkpoints/"):
-            run_dir.save_adapter(name, trainer.model, bottleneck, tokenizer)
+            folder = run_dir.save_adapter(name, trainer.model, bottleneck, tokenizer)
+            write_model_card(folder, config, manifest=run_dir.manifest)
             return
         started = time.perf_counter()
         tensors, facts = collect(trainer)
@@ -242,6 +244,8 @@ def train_and_report(
         "warnings": warnings,
     }
     run_dir.write_json("result.json", result)
+    for folder in run_dir.adapters:
+        write_model_card(folder, config, result=result, manifest=run_dir.manifest)
     on_cpu = trainer.accelerator.device.type == "cpu"
     console.result(result, run_dir.path, kept_best=(run_dir.path / "adapter-best").exists(), on_cpu=on_cpu)
     return 0

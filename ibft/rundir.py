@@ -3,7 +3,7 @@
     config.yaml        the resolved configuration; `ibft-fast train RUN/config.yaml` repeats the run
     manifest.json      versions, commit, data hash, device, seed
     metrics.jsonl      one JSON object a log step; evaluations have eval_* keys
-    adapter/           last state: PEFT adapter, ib_bottleneck.safetensors, tokenizer
+    adapter/           last state: PEFT adapter, ib_bottleneck.safetensors, tokenizer, a model card (README.md)
     adapter-best/      the same, lowest held-out cross-entropy
     checkpoints/step-N/  what a run goes on from (`ibft.checkpoint`)
     non_finite.json    rows and loss parts of steps that were not finite
@@ -105,6 +105,17 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def adapters(self) -> list[Path]:
+        """Of the last state and of the best, those that there are."""
+        return [folder for name in ("adapter", "adapter-best") if (folder := self.path / name).is_dir()]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """As `write_manifest` has left it; empty before."""
+        path = self.path / "manifest.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def rewind(self, step: int, evaluated: int) -> list[dict[str, Any]]:
         """The logged rows up to a checkpoint, those after it taken away: they will be logged again.

@@ -108,6 +108,7 @@ def test_a_default_run_needs_no_network(tmp_path):
         "mu_abs_mean",
         "var_mean",
         "active_dims",
+        "kl_dim_median",
     }
     assert logged | {"learning_rate", "tokens_per_second", "memory_mib"} <= steps[0].keys()
     result = json.loads((run / "result.json").read_text())

@@ -1,12 +1,16 @@
 """Steps that are not finite, and memory that runs out."""
 
+import errno
 import json
+import os
 import re
+import shutil
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from ibft import checkpoint
 from ibft.cli import app
 from ibft.loop import Trainer
 
@@ -129,3 +133,39 @@ def test_out_of_memory(tmp_path, monkeypatch, allowed):
         for run in (whole, out)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_run_folder_that_vanishes_ends_the_run_by_one_line(tmp_path, monkeypatch):
+    """Somebody removes it while the second step is taken: nothing is made anew in its place."""
+    original, out = Trainer.train_step, tmp_path / "run"
+
+    def train_step(self, batches):
+        if self.step == 1:
+            shutil.rmtree(out)
+        return original(self, batches)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", train_step)
+        result = train(out)
+    assert result.exit_code == 4, result.output
+    assert " ".join(result.stderr.split()) == f"error: run folder {out}: No such file or directory"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("fault", [errno.EDQUOT, errno.EROFS])
+def test_a_quota_or_a_disk_that_turns_read_only_leaves_the_last_checkpoint(tmp_path, monkeypatch, fault):
+    """At the third step's save; all of the second's is there."""
+    original, out = checkpoint.save, tmp_path / "run"
+
+    def save(root, step, *arguments):
+        if step == 3:
+            raise OSError(fault, os.strerror(fault))
+        return original(root, step, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", save)
+        result = train(out)
+    assert result.exit_code == 4, result.output
+    assert " ".join(result.stderr.split()) == f"error: run folder {out}: {os.strerror(fault)}"
+    assert checkpoint.latest(out / "checkpoints") == (out / "checkpoints" / "step-2", [])
+    assert train(out, "--resume", "auto").exit_code == 0

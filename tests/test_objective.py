@@ -228,6 +228,8 @@ def test_latent_statistics():
     assert found["var_mean"] == pytest.approx(float(logvar.exp().mean()), rel=1e-5)
     per_dim = (0.5 * (logvar.exp() + mu.square() - 1 - logvar)).mean((0, 1))
     assert found["active_dims"] == pytest.approx(float((per_dim > 0.01).float().mean()))
+    expected = [float(per_dim.min()), float(per_dim.quantile(0.5)), float(per_dim.max())]
+    assert [found[f"kl_dim_{which}"] for which in ("min", "median", "max")] == pytest.approx(expected, rel=1e-5)
 
 
 def test_hugging_face_labels_are_shifted():

@@ -80,6 +80,13 @@ def test_the_run_says_how_its_adapter_is_to_be_asked(straight):
     assert json.loads((straight / "manifest.json").read_text())["template"] == "released"
 
 
+def test_its_adapters_have_a_model_card_with_what_came_out(straight):
+    last, best = ((straight / name / "README.md").read_text() for name in ("adapter", "adapter-best"))
+    assert "# IB-FT adapter of the bundled tiny base" in last
+    assert "## Results" in last
+    assert "the lowest held-out cross-entropy of the run" in best
+
+
 class Killed(BaseException):
     """As a kill: nothing catches it."""
 

@@ -59,6 +59,7 @@ class LocalModel:
         if self.adapter is None:
             return model
         from peft import PeftModel
+        from safetensors import SafetensorError
 
         try:
             return PeftModel.from_pretrained(model, str(Path(self.adapter).expanduser()))
@@ -67,6 +68,8 @@ class LocalModel:
             raise SetupError(
                 f"--adapter: {self.adapter} does not go with {self.config.name_or_path}: {first}"
             ) from error
+        except SafetensorError as error:
+            raise SetupError(f"{self.adapter}: damaged: {' '.join(str(error).split())}") from error
 
 
 def check_adapter(adapter: str) -> str:

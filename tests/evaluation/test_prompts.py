@@ -142,7 +142,7 @@ def test_choose_style():
         taught = "released" if template == "auto" else template
         assert {choose_style("auto", suite, template=template) for suite in SUITES} == {taught}
     assert [choose_style(style, "verilogeval-v1", template="x.jinja") for style in STYLES] == list(STYLES)
-    with pytest.raises(ConfigError, match="trained with data.template=x.jinja: name a --prompt-style of plain, chat"):
+    with pytest.raises(ConfigError, match=r"trained with data.template=x\.jinja: name a --prompt-style of plain, chat"):
         choose_style("auto", "mbpp", template="x.jinja")
     expected = "--prompt-style: got phi, expected auto, plain, chat, released, alpaca, origen"
     with pytest.raises(ConfigError, match=expected):
