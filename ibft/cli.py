@@ -13,6 +13,7 @@ from ibft.data.overlap import N
 from ibft.errors import ConfigError
 from ibft.evaluation.cli import app as evaluate
 from ibft.reproduce.cli import app as reproduce
+from ibft.setup_cli import doctor, init, schema
 from ibft.sweep.cli import sweep
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ app = typer.Typer(
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(analyze, name="analyze")
 app.add_typer(reproduce, name="reproduce")
-app.command()(sweep)
+for command in (sweep, init, schema, doctor):
+    app.command()(command)
 
 Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)

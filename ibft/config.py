@@ -50,10 +50,15 @@ class FieldsConfig(Section):
     messages, or text."""
 
     prompt: str | None = None
+    """Key of what is asked."""
     input: str | None = None
+    """Key of a further input to it."""
     response: str | None = None
+    """Key of the answer."""
     messages: str | None = None
+    """Key of a conversation."""
     text: str | None = None
+    """Key of a text that is taught whole."""
 
     @model_validator(mode="after")
     def _whole(self) -> "FieldsConfig":
@@ -119,7 +124,9 @@ class DataConfig(Section):
 
 class LoraConfig(Section):
     r: PositiveInt = 32
+    """Rank."""
     alpha: PositiveInt = 32
+    """Scale: what LoRA adds is multiplied by alpha / r."""
     dropout: Share = 0.05
     """One mask per shared input (q/k/v; gate/up), keyed by the sample."""
     target_modules: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
@@ -181,20 +188,29 @@ class TrainConfig(Section):
     max_steps: PositiveInt | Literal[-1] = -1
     """Optimizer steps; -1: num_train_epochs decides."""
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3
+    """Passes over the training rows."""
     per_device_train_batch_size: PositiveInt = 1
     """Rows per micro-batch."""
     gradient_accumulation_steps: PositiveInt = 4
     """Micro-batches per optimizer step. The gradient does not depend on how a global batch is split."""
     learning_rate: NonNegative = 1e-4
+    """The highest, after warm-up."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the steps over which the learning rate rises to its value."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Overrides warmup_ratio."""
     weight_decay: NonNegative = 0.0
+    """AdamW's."""
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
+    """The optimizer: AdamW, with states in fp32 or in 8 bits, paged ones may move to host memory."""
     adam_beta1: Share = 0.9
+    """Decay of the mean of gradients."""
     adam_beta2: Share = 0.999
+    """Decay of the mean of their squares."""
     adam_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    """Added to the root of that mean."""
     skip_non_finite: Annotated[int, Field(ge=0)] = 0
     """Steps with a loss or gradient that is not finite to leave out before a run ends with exit code 5; their rows are
     in non_finite.json."""
@@ -215,9 +231,11 @@ class TrainConfig(Section):
     mixed_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where a GPU has it, else fp16; fp32 on a CPU. (accelerate's `no` is fp32.)"""
     logging_steps: PositiveInt = 10
+    """Steps from one log line to the next."""
     eval_steps: PositiveInt | None = None
     """Evaluate on the held-out rows every so many steps; default: after each epoch. Always at the end."""
     per_device_eval_batch_size: PositiveInt = 4
+    """Rows per batch of an evaluation."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers beside metrics.jsonl."""
 
@@ -249,8 +267,11 @@ class EvalConfig(Section):
     tasks: str | None = None
     """JSON lines of tasks (task_id, instruction, entry_point, test) for Pass@1 before and after training."""
     max_tasks: PositiveInt | None = None
+    """Use only the first tasks."""
     max_new_tokens: PositiveInt = 512
+    """Longest answer."""
     batch_size: PositiveInt = 64
+    """Tasks that are answered at once."""
     run_without_isolation: bool = False
     """Where no sandbox works: run what the model writes as you, under resource limits alone."""
 
@@ -259,11 +280,14 @@ class CheckpointConfig(Section):
     save_steps: Annotated[int, Field(ge=0)] = 0
     """Save a checkpoint to go on from every so many steps; 0: only when stopped, and the adapters, best and last."""
     keep_last: PositiveInt = 2
+    """Checkpoints to keep; older ones are deleted."""
 
 
 class RuntimeConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Of initial weights, dropout, noise and the order of rows."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where torch finds one."""
     memory_budget: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] | None = None
     """GiB of the device to plan for, as if it were a card of that size; default: what is free when the run starts."""
     deterministic: bool = False
@@ -272,7 +296,9 @@ class RuntimeConfig(Section):
 
 class Config(Section):
     version: Literal[1] = 1
+    """Of this format."""
     preset: str | None = None
+    """Settings to begin with; what is set beside it counts more."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()

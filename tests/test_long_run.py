@@ -3,6 +3,7 @@
 import os
 import random
 
+import pytest
 import torch
 from safetensors.torch import save as to_bytes
 from tiny_models import random_samples, save_tiny_model, tiny_trainer
@@ -20,6 +21,7 @@ def handles() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.timeout(3600)  # of `make soak`
 def test_neither_memory_nor_handles_grow(tmp_path, soaking):
     """`make soak`: 5,000 steps, below 2 %; otherwise 150, below 5 %."""
     steps, limit = (5000, 1.02) if soaking else (150, 1.05)

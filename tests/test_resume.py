@@ -188,6 +188,7 @@ def run_to_the_end(out: str) -> None:
     run_training(config, Path(out), resume="auto")
 
 
+@pytest.mark.timeout(3600)  # of `make soak`
 def test_kills_at_any_instant(straight, tmp_path, soaking):
     """A run that saves every second step, killed again and again until it ends: `make soak` sixty times, else six."""
     context = multiprocessing.get_context("forkserver")
