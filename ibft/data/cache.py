@@ -11,6 +11,7 @@ those of one run do, one makes it and the others wait (`turn`).
 """
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -42,10 +43,17 @@ def key_of(facts: dict[str, Any]) -> str:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """A hash of all that a tokenizer does to a text without special tokens, of its EOS and its chat template."""
+    """A hash of all that a tokenizer does to a text, of its special tokens and of its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     inside = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    what = [type(tokenizer).__name__, inside, tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
+    special = getattr(tokenizer, "special_tokens_map", None)  # chat templates write them
+    what = [
+        type(tokenizer).__name__,
+        inside,
+        tokenizer.eos_token_id,
+        special,
+        getattr(tokenizer, "chat_template", None),
+    ]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 
 
@@ -106,9 +114,11 @@ def write(key: str, data: EncodedData, more: dict[str, Any]) -> str | None:
         (fresh / META).write_text(json.dumps(meta), encoding="utf-8")
         if folder.exists() and read(key) is None:  # damaged
             shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():  # or another process has made it in the meantime
+        if not folder.exists():
             os.rename(fresh, folder)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and read(key) is not None:
+            return None  # another process has made it in the meantime
         return f"{folder.parent}: {error.strerror or error}"
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

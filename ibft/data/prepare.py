@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ibft.config import BUNDLED, Config, DataConfig
@@ -15,6 +16,7 @@ from ibft.data import cache
 from ibft.data.encode import EncodedData, encode_rows
 from ibft.data.ids import choose_rows, hash_rows
 from ibft.data.sources import Row, files_of, load_rows, open_hub
+from ibft.data.templates import choose_template
 from ibft.errors import DataError
 from ibft.hashes import hash_file
 
@@ -50,10 +52,9 @@ def load_data(config: Config, tokenizer: Any, console: Console) -> Datasets:
         path = str(task_file("validation")) if settings.eval_path in (None, BUNDLED) else str(settings.eval_path)
         of = settings.model_copy(update={"split": settings.eval_split or settings.split})
         held_out, _ = prepare(path, of, tokenizer, console, "held-out data")
-    elif settings.val_size > 0 and len(train.samples) > 1:
-        count = min(max(1, round(settings.val_size * len(train.samples))), MAX_HELD_OUT, len(train.samples) - 1)
-        train, held_out = hold_out(train, count)
-        console.data("held-out data", f"{count} of these samples, drawn at random (data.val_size)")
+    elif settings.val_size > 0 and (rows := len(np.unique(train.samples.rows))) > 1:
+        train, held_out = hold_out(train, min(max(1, round(settings.val_size * rows)), MAX_HELD_OUT, rows - 1))
+        console.data("held-out data", f"{len(held_out.samples)} of these samples, drawn at random (data.val_size)")
     return Datasets(train, held_out, digest)
 
 
@@ -135,29 +136,53 @@ def key_for(path: str, settings: DataConfig, tokenizer: Any, *, chosen: bool) ->
     Raises:
         DataError, SetupError: as `load_rows`, of a folder without data, or of a hub id.
     """
-    named = [settings.keep_ids, settings.drop_ids] if chosen else []
-    against = [entry.rpartition("=")[2] for entry in settings.decontaminate] if chosen else []
-    template = settings.template if Path(settings.template).suffix else None
+    ids = {"data.keep_ids": settings.keep_ids, "data.drop_ids": settings.drop_ids} if chosen else {}
+    problems = []
+    if chosen and settings.decontaminate:
+        from ibft.data.decontaminate import read_against
+
+        problems = [each.path for each in read_against(settings.decontaminate, "data.decontaminate")]
+    template = None if settings.template == "auto" else choose_template(settings.template, tokenizer).source
     return cache.key_of({
         "content": content_of(path, settings.split), "split": settings.split,
         "tokenizer": cache.tokenizer_key(tokenizer), "settings": {name: getattr(settings, name) for name in DECIDING},
-        "fields": settings.fields.given(), "chosen": chosen, "template": hash_file(template),
-        "ids": [hash_file(name) for name in named],
-        "against": [content_of(name, "test") for name in against if Path(name).expanduser().exists()],
+        "fields": settings.fields.given(), "chosen": chosen, "template": template,
+        "ids": [None if file is None else content_of_file(option, file) for option, file in ids.items()],
+        "against": [content_of_problems(path) for path in problems if path is not None],
     })  # fmt: skip
 
 
-def content_of(path: str, split: str) -> list[str | None]:
-    """What tells the rows of a file, folder or hub id from others without parsing them."""
+def content_of(path: str, split: str) -> list[Any]:
+    """What tells the rows of a file, folder or hub id from others without parsing them: kinds and hashes of files."""
     files = files_of(path, split=split)
-    return [open_hub(path, split)._fingerprint] if files is None else [hash_file(file) for file in files]
+    if files is None:
+        return [open_hub(path, split)._fingerprint]
+    return [("".join(file.suffixes).lower(), hash_file(file)) for file in files]
+
+
+def content_of_file(option: str, file: str) -> str:
+    """Raises DataError: it cannot be read. Cached rows must not hide that."""
+    digest = hash_file(file)
+    if digest is None:
+        reason = "No such file" if not Path(file).expanduser().exists() else "cannot be read"
+        raise DataError(f"{option}: {file}: {reason}")
+    return digest
+
+
+def content_of_problems(path: str) -> Any:
+    """Of a file, or of all files of a folder, whatever their kind; a hub id tells itself apart."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return [(str(file.relative_to(place)), hash_file(file)) for file in sorted(place.rglob("*")) if file.is_file()]
+    return [path, hash_file(place)]
 
 
 def hold_out(data: EncodedData, count: int) -> tuple[EncodedData, EncodedData]:
-    """Samples split into (the rest, `count` drawn at random); always the same draw, whatever the run's seed."""
-    shuffled = torch.randperm(len(data.samples), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = set(shuffled[:count])
-    kept = [number for number in range(len(shuffled)) if number not in chosen]
+    """Samples split into (the rest, those of `count` rows drawn at random); always the same draw, whatever the run's
+    seed. What a long row was split into stays together."""
+    rows = np.unique(data.samples.rows)
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].numpy()
+    out = np.isin(data.samples.rows, rows[drawn])
     return tuple(  # type: ignore[return-value]
-        dataclasses.replace(data, samples=data.samples.select(numbers)) for numbers in (kept, sorted(chosen))
+        dataclasses.replace(data, samples=data.samples.select(np.flatnonzero(numbers))) for numbers in (~out, out)
     )

@@ -121,6 +121,20 @@ class SampleStore(Sequence[Sample]):
             np.subtract.at(counts, of, np.maximum(end - np.maximum(start, first[of]), 0))
         return counts
 
-    def select(self, numbers: Sequence[int]) -> "SampleStore":
-        """These samples, in this order."""
-        return SampleStore.of((int(self.rows[i]), self[i]) for i in numbers)
+    def select(self, numbers: Sequence[int] | Ints) -> "SampleStore":
+        """These samples, in this order; runs of neighbours are copied as one."""
+        chosen = np.asarray(numbers, dtype=np.int64)
+        breaks = np.flatnonzero(np.diff(chosen) != 1) + 1
+        ids, gaps, done = [self.ids[:0]], [self.gaps[:0]], 0
+        for run in np.split(chosen, breaks):
+            if not len(run):
+                continue
+            first, last = int(run[0]), int(run[-1])
+            ids.append(self.ids[int(self.ends[first - 1]) if first else 0 : int(self.ends[last])])
+            own = self.gaps[self._first_gap[first] : self._first_gap[last + 1]]
+            gaps.append(own + np.array([done - first, 0, 0], dtype=np.int32))
+            done += len(run)
+        return SampleStore(
+            np.concatenate(ids), np.cumsum(self.lengths[chosen]), self.prompts[chosen], np.concatenate(gaps),
+            self.rows[chosen],
+        )  # fmt: skip

@@ -1,7 +1,10 @@
 """The data of a run: what is chosen, the cache, and what a second start does not do again."""
 
+import copy
+import errno
 import json
 import multiprocessing
+import os
 import shutil
 import threading
 import time
@@ -12,7 +15,9 @@ from transformers import AutoTokenizer
 
 from ibft.console import Console
 from ibft.data import cache, prepare
+from ibft.data.encode import EncodedData
 from ibft.data.prepare import load_data
+from ibft.data.samples import Sample
 from ibft.errors import DataError
 from ibft.load_config import load_config
 from ibft.tiny import BASE_DIR
@@ -194,6 +199,90 @@ def test_held_out_rows_of_another_split(data_file, tokenizer, tmp_path):
     assert (len(data.train.samples), len(data.held_out.samples)) == (30, 10)
     same = load(folder, tokenizer, f"data.eval_path={folder}")
     assert len(same.held_out.samples) == 30
+
+
+def rows_at(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("setting", ["drop_ids", "keep_ids"])
+def test_a_missing_file_of_ids_is_refused_though_the_rows_are_cached(data_file, tokenizer, tmp_path, setting):
+    load(data_file, tokenizer)
+    with pytest.raises(DataError, match=rf"data.{setting}: .*none.json: No such file"):
+        load(data_file, tokenizer, f"data.{setting}={tmp_path}/none.json")
+
+
+def test_special_tokens_that_a_chat_template_writes_are_in_the_key(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("IBFT_CACHE", str(tmp_path / "cache"))
+    tokenizer = copy.deepcopy(tokenizer)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = rows_at(tmp_path / "rows.jsonl", [{"messages": turns}])
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    for bos in (tokenizer.pad_token, tokenizer.eos_token):
+        tokenizer.bos_token = bos
+        assert tokenizer.decode(load(path, tokenizer).train.samples[0].input_ids).startswith(f"{bos}[user]")
+
+
+TASK = " ".join(f"w{i}" for i in range(20))
+
+
+def test_problems_below_a_folder_with_an_equals_sign_are_in_the_key(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("IBFT_CACHE", str(tmp_path / "cache"))
+    path = rows_at(tmp_path / "rows.jsonl", [{"instruction": TASK, "output": "x"}, *ROWS[:1]])
+    (tmp_path / "k=1").mkdir()
+    problems = rows_at(tmp_path / "k=1" / "p.jsonl", [{"q": "nothing that any of the rows has in common with this"}])
+    assert len(load(path, tokenizer, f"data.decontaminate=['{problems}']").train.samples) == 2
+    rows_at(problems, [{"q": TASK}])
+    assert len(load(path, tokenizer, f"data.decontaminate=['{problems}']").train.samples) == 1
+
+
+def test_a_folder_of_problems_is_in_the_key_whatever_its_files_are(data_file, tokenizer, tmp_path):
+    folder = tmp_path / "v2"
+    folder.mkdir()
+    module = "module top; endmodule"
+    for name, text in {"prompt.txt": "I would like a module", "ref.sv": module, "test.sv": module}.items():
+        (folder / f"Prob001_zero_{name}").write_text(text)
+    for _ in range(2):
+        assert len(load(data_file, tokenizer, f"data.decontaminate=[verilogeval-v2={folder}]").train.samples) == 40
+    assert len(cached(tmp_path)) == 1
+    (folder / "Prob001_zero_prompt.txt").write_text("I would like another module")
+    load(data_file, tokenizer, f"data.decontaminate=[verilogeval-v2={folder}]")
+    assert len(cached(tmp_path)) == 2
+
+
+def test_the_kind_of_a_file_is_in_the_key(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("IBFT_CACHE", str(tmp_path / "cache"))
+    for name in ("a.csv", "a.tsv"):
+        (tmp_path / name).write_text("prompt,response\nx\ty,z\n")
+    load(tmp_path / "a.csv", tokenizer)
+    with pytest.raises(DataError, match=r"a\.tsv:2"):
+        load(tmp_path / "a.tsv", tokenizer)
+
+
+def test_a_process_that_comes_second_to_the_rename_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("IBFT_CACHE", str(tmp_path))
+    data, rename = EncodedData.of([Sample([1, 2], 1)]), os.rename
+
+    def late(fresh, folder):
+        rename(fresh, folder)  # the other process was quicker
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(os, "rename", late)
+    assert cache.write("k" * 64, data, {}) is None
+
+
+def test_parts_of_a_row_are_not_held_out_from_each_other(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("IBFT_CACHE", str(tmp_path / "cache"))
+    rows = [{"instruction": f"q{k}", "output": " ".join(f"{k} {i}" for i in range(60))} for k in range(10)]
+    path = rows_at(tmp_path / "rows.jsonl", rows)
+    data = load(path, tokenizer, "data.max_length=32", "data.truncation=split", "data.val_size=0.3")
+    trained, held_out = (set(part.samples.rows.tolist()) for part in (data.train, data.held_out))
+    assert (len(trained), len(held_out), trained & held_out) == (7, 3, set())
+    assert len(data.held_out.samples) > 3
 
 
 def test_equal_rows_once(data_file, tokenizer, capsys):
