@@ -1,6 +1,5 @@
 """The command line. Nothing heavy is imported until a command runs: `ibft-fast --help` answers at once."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,7 +65,7 @@ def train(
     `ibft-fast train model.name_or_path=Qwen/Qwen2.5-Coder-1.5B data.path=rows.jsonl`.
 
     Exit codes: 0 done, 2 configuration, 3 data, 4 environment, 5 non-finite loss,
-    6 out of memory, 130/143 interrupted and saved (`--resume auto -o RUN` goes on).
+    6 out of memory, 130/138/143 interrupted and saved (`--resume auto -o RUN` goes on).
     """
     with one_line_errors(debug):
         options = [*(CACHE_OFF if no_cache else ()), *(DETERMINISTIC if deterministic else ())]
@@ -252,10 +251,7 @@ def _configure(arguments: list[str] | None, options: Sequence[str] = ()) -> "tup
     given += options
     from ibft.load_config import load_config
 
-    loaded = load_config(config_file, given)
-    # transformers 5.23 deprecates names that transformers 5.17 and PEFT still need: nothing a user can act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
-    return loaded
+    return load_config(config_file, given)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -16,6 +17,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
     """What a user can mend is one line on stderr and an exit code; with `debug` a traceback."""
+    # transformers 5.23 deprecates names that transformers 5.17 and PEFT still need: nothing a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
     try:
         yield
     except IBFTError as error:

@@ -1,4 +1,4 @@
-"""Randomness that follows the sample (DESIGN: noise is a function of epoch, sample and position, not of the batch).
+"""Randomness that follows the sample: noise is a function of epoch, sample and position, not of the batch.
 
 Every random draw of a training step has a *stream*: 0 for the bottleneck's eps (`z_stream` for those of several), one
 for each LoRA input. The Philox key is (run seed, stream) and its counter (epoch, sample, position, column), so masks

@@ -1,4 +1,4 @@
-"""The IB-FT objective: L = CE + alpha (KL + beta CE_z) (arXiv 2510.16022; DESIGN section 1 for the fine print).
+"""The IB-FT objective: L = CE + alpha (KL + beta CE_z) (arXiv 2510.16022; docs/method.md).
 
 Legend: B batch, T positions, N = B*T, M label tokens, D hidden size, Z latent size, V vocabulary.
 

@@ -7,7 +7,6 @@ merged folder   what `ibft-fast merge` has written; merged.json names the templa
 
 import json
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,6 @@ def local_model(trained: Trained) -> LocalModel:
     from ibft.model import load_model_config, load_tokenizer, resolve_path
     from ibft.run import choose_dtype
 
-    # transformers 5.23 deprecates names that PEFT still needs: nothing a user can act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
     if Path(resolve_path(trained.base.name_or_path)).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"  # all is on disk: no library need ask the network for anything
     base = trained.base.model_copy(update={"attn_implementation": "sdpa"})  # which every device has

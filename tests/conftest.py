@@ -45,8 +45,8 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            sandboxes = file.startswith("tests/evaluation/") or file in ("tests/test_cli.py", "tests/test_estimate.py")
-            return "sandboxes" if sandboxes else file
+            alone = ("tests/evaluation/", "tests/test_cli.py", "tests/test_docs.py", "tests/test_estimate.py")
+            return "sandboxes" if file.startswith(alone) else file
 
     config.option.loadscopereorder = False  # or files of one test come last, which take the longest
     return ByFile(config, log)

@@ -32,12 +32,13 @@ from ibft.data.prepare import load_data
 from ibft.load_config import load_config
 from ibft.tiny import BASE_DIR
 tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
-config, _ = load_config(None, [f"data.path={sys.argv[1]}", "data.max_length=2048", "data.val_size=0"])
+config, _ = load_config(None, [f"data.path={sys.argv[1]}", "data.max_length=2048"])
 start = time.perf_counter()
-data = load_data(config, tokenizer, Console(to_stderr=True)).train
+data = load_data(config, tokenizer, Console(to_stderr=True))
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"seconds": seconds, "peak": peak, "samples": len(data.samples)}))
+samples = len(data.train.samples) + len(data.held_out.samples)
+print(json.dumps({"seconds": seconds, "peak": peak, "samples": samples}))
 """
 PACK = """
 import json, resource, sys, time

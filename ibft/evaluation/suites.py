@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ibft.config import BUNDLED
 from ibft.data.sources import load_rows
 from ibft.errors import ConfigError, DataError, SetupError
 from ibft.evaluation.verilogeval_v2 import read_folder
+from ibft.tiny import task_file
 
 Rule = Literal["official", "strict"]
 Problem = dict[str, Any]
@@ -77,6 +79,8 @@ def load_problems(suite: Suite, path: str | None) -> dict[str, Problem]:
         path, split = suite.hub
     problems: dict[str, Problem] = {}
     in_parts = suite.name.startswith("verilogeval-v2") and Path(path).expanduser().is_dir()
+    if path == BUNDLED:  # its tasks, as `train` takes them for Pass@1
+        path = str(task_file("test"))
     rows = read_folder(Path(path).expanduser()) if in_parts else load_rows(path, split=split)
     for number, row in enumerate(rows, start=1):
         name = str(row["task_id"]) if row.get("task_id") is not None else f"{suite.name}/{number}"

@@ -1,4 +1,4 @@
-"""The whole IB-FT objective of a micro-batch (arXiv 2510.16022; DESIGN: L = CE + alpha (KL + beta CE_z)):
+"""The whole IB-FT objective of a micro-batch (arXiv 2510.16022): L = CE + alpha (KL + beta CE_z):
 
     z, KL = ib_bottleneck(tapped)                           one encoder product for mu and logvar
     CE    = CE(last W_head^T + b_head, y)                   } one loop over the labelled rows, one buffer of logits,
