@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ SETTINGS = [
     "data.max_samples=40", "data.max_length=128", "train.max_steps=4", "train.logging_steps=1",
     "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=1", "checkpoint.save_steps=1",
     "eval.max_tasks=1", "eval.max_new_tokens=1", "runtime.deterministic=true",
+    f"data.eval_path={Path(__file__).with_name('held_out.jsonl')}",
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ SETTINGS = [
     "data.max_samples=13", "data.max_length=128", "data.packing=false", "train.logging_steps=1", "train.eval_steps=4",
     "train.learning_rate=1e-3", "train.per_device_train_batch_size=1", "train.mixed_precision=fp32",
     "checkpoint.save_steps=2", "eval.max_tasks=1", "eval.max_new_tokens=1", "runtime.device=cpu",
+    f"data.eval_path={Path(__file__).with_name('held_out.jsonl')}",
 ]  # fmt: skip
 ONE, TWO = "train.gradient_accumulation_steps=4", "train.gradient_accumulation_steps=2"
 FREE = {"time", "tokens_per_second", "memory_mib"}

@@ -19,8 +19,9 @@ from ibft.evaluation.prompts import (
     rest_of_module,
     stops_of,
 )
-from ibft.evaluation.suites import SUITES
+from ibft.evaluation.suites import SUITES, load_problems
 from ibft.rundir import template_of
+from ibft.tiny import task_file
 
 SHARED_DATA = Path(os.environ.get("IBFT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -132,6 +133,11 @@ def test_an_adapter_is_asked_as_its_run_was_taught(tmp_path, adapter):
 def test_problems_without_a_text(suite, problem):
     with pytest.raises(DataError, match=f"problem {problem['task_id']}: expected text under "):
         make_prompt("plain", suite, problem)
+
+
+def test_the_bundled_tasks_are_problems_by_their_name():
+    problems = load_problems(SUITES["jsonl-tests"], "bundled:tiny")
+    assert list(problems) == [row["task_id"] for row in load_rows(str(task_file("test")))]
 
 
 def test_choose_style():
