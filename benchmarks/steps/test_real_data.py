@@ -13,6 +13,6 @@ pytestmark = [
 ]
 
 
-@each({"cpu": ["code-alpaca"], "cuda": ["code-alpaca"]}, dict.fromkeys(PROVIDERS))
+@each({"cpu": ["codealpaca"], "cuda": ["codealpaca"]}, dict.fromkeys(PROVIDERS))
 def test_real_data(request, compare, device, case, provider):
     compare(comparison(device, request.config.getoption("--shape")), provider)

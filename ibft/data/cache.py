@@ -27,7 +27,7 @@ import numpy as np
 from ibft.data.encode import EncodedData
 from ibft.data.samples import SampleStore
 
-FORMAT = 1  # of the folder, and of what `encode_rows` makes of the same input
+FORMAT = 2  # of the folder, and of what `encode_rows` makes of the same input
 META = "meta.json"
 
 

@@ -3,7 +3,8 @@
 With the default template a sample is ids(prompt + "\\n") followed by ids(response) and, unless told otherwise, the EOS
 id; no BOS. Prompt and response are tokenised apart, so that the mask is exact at the boundary, and so that the model
 meets in training the very prompt ids that it is given at generation. A conversation is tokenised in one piece, and its
-turns are found by the places of their tokens in the text; where a token lies across the edge of a turn, in pieces.
+turns are found by the places of their tokens in the text; where a token may lie across the edge of a turn, or the
+first prompt alone has other ids, in pieces.
 """
 
 from collections import Counter
@@ -13,12 +14,19 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
-import numpy as np
-
-from ibft.data.formats import Chat, Content, Pair, Text, Tokens, read_row, rename
+from ibft.data.formats import Chat, Content, Pair, Text, Tokens, as_chat, as_pair, read_row
 from ibft.data.samples import Ints, Sample, SampleStore
 from ibft.data.sources import Row
-from ibft.data.templates import SEPARATOR, Span, Taught, Template, choose_template, write_chat
+from ibft.data.templates import (
+    SEPARATOR,
+    Span,
+    Taught,
+    Template,
+    answers_of,
+    choose_template,
+    taught_tokens,
+    write_chat,
+)
 from ibft.errors import DataError
 
 CHUNK_ROWS = (
@@ -35,8 +43,8 @@ class EncodedData:
 
     Attributes:
         rows: rows given.
-        dropped: rows left out because no label token remains within `max_length`, or, with truncation="drop", because
-            they are longer.
+        dropped: rows left out for their length: no label token remains within `max_length`, or truncation is "drop".
+        unlabelled: rows left out because none of their tokens is a label, whatever their length.
         truncated: rows kept, but not whole.
         split: samples beyond the first that long rows were split into.
         empty: rows left out because their response is empty; first_empty: the first of them, from 1.
@@ -54,6 +62,7 @@ class EncodedData:
     lost_label_tokens: int = 0
     given_label_tokens: int = 0
     formats: Mapping[str, int] = field(default_factory=dict)
+    unlabelled: int = 0
 
     @classmethod
     def of(cls, samples: Sequence[Sample], **counts: Any) -> "EncodedData":
@@ -80,6 +89,8 @@ class EncodedData:
             line += f"; {self.split:,} samples more by splitting"
         if self.dropped:
             line += f"; {self.dropped:,} of {self.rows:,} rows dropped (too long, or no label token left)"
+        if self.unlabelled:
+            line += f"; {self.unlabelled:,} rows without a label token left out"
         if self.empty:
             line += f"; {self.empty:,} rows with an empty response left out, the first is row {self.first_empty:,}"
         if self.lost_label_tokens:
@@ -146,6 +157,7 @@ def encode_rows(
     truncation: Truncation = "right",
     fields: Mapping[str, str] | None = None,
     keep_empty: bool = False,
+    numbers: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> EncodedData:
     """Tokenise rows, fit them into `max_length` tokens, and leave out those with no label token.
@@ -159,32 +171,37 @@ def encode_rows(
         template: see `ibft.data.templates`; auto: released, and chat for conversations.
         labels: response: the last one; assistant: every turn of the assistant; all: every token but the first.
         truncation: of what is longer: cut on the right or the left, drop, or split into samples of max_length.
-        fields: see `ibft.data.formats.rename`; None: the rows' own keys.
+        fields: see `ibft.data.formats.read_row`; None: the rows' own keys.
         keep_empty: keep rows with an empty response, which teach EOS alone.
+        numbers: of the rows, from 0, where they are some of a file's: samples and messages have the file's.
         progress: called with (rows done, rows in all) now and then.
 
     Raises:
         ValueError: max_length is below 2.
         ConfigError: see `choose_template`.
-        DataError: a malformed row, a tokenizer without the EOS token to teach, or no sample left.
+        DataError: a malformed row, token ids that the tokenizer does not have, a tokenizer without the EOS token to
+            teach, or no sample left.
     """
     if max_length < 2:
         raise ValueError(f"max_length: got {max_length}, expected at least 2")
     if add_eos and tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token to teach: expected one that has, or data.add_eos=false")
-    encoder = Encoder(tokenizer, template, labels, add_eos)
+    encoder = Encoder(tokenizer, template, labels, add_eos, fields)
+    numbers = range(len(rows)) if numbers is None else numbers
     empty: list[int] = []  # rows, from 1
     counts: Counter[str] = Counter()
 
     def fitted() -> Iterator[tuple[int, Sample]]:
         for start in range(0, len(rows), CHUNK_ROWS):
             chunk = rows[start : start + CHUNK_ROWS]
-            wheres = [f"row {number}" for number in range(start + 1, start + len(chunk) + 1)]
-            if fields:
-                chunk = [rename(row, fields, where) for row, where in zip(chunk, wheres, strict=True)]
-            for number, (sample, is_empty) in enumerate(encoder.encode(chunk, wheres), start):
+            own = numbers[start : start + CHUNK_ROWS]
+            encoded = encoder.encode(chunk, [f"row {number + 1}" for number in own])
+            for number, (sample, is_empty) in zip(own, encoded, strict=True):
                 if is_empty and not keep_empty:
                     empty.append(number + 1)
+                    continue
+                if not sample.num_labels:
+                    counts["unlabelled"] += 1
                     continue
                 kept = list(fit(sample, max_length, truncation))
                 left = sum(each.num_labels for each in kept)
@@ -201,14 +218,25 @@ def encode_rows(
     if not len(store):
         if len(empty) == len(rows):
             raise DataError(f"no sample left: row {empty[0]} and all others have an empty response")
-        raise DataError(
-            f"no sample left: none of the {len(rows):,} rows has a label token within max_length = {max_length}"
-        )
+        why = why_none(len(rows), counts["dropped"], max_length, truncation)
+        raise DataError(f"no sample left: {why}")
     return EncodedData(
         store, rows=len(rows), dropped=counts["dropped"], truncated=counts["truncated"], split=counts["split"],
         empty=len(empty), first_empty=empty[0] if empty else None, lost_label_tokens=counts["lost"],
-        given_label_tokens=counts["given"], formats=dict(encoder.formats),
+        given_label_tokens=counts["given"], formats=dict(encoder.formats), unlabelled=counts["unlabelled"],
     )  # fmt: skip
+
+
+def why_none(rows: int, dropped: int, max_length: int, truncation: Truncation) -> str:
+    """Why no sample is left of rows that are not all empty. dropped: as `EncodedData` counts them."""
+    if not dropped:
+        return f"none of the {rows:,} rows has a label token, at any max_length"
+    if truncation == "drop":
+        return (
+            f"each of the {dropped:,} rows with a label token is longer than max_length = {max_length} "
+            "(data.truncation=drop)"
+        )
+    return f"none of the {rows:,} rows has a label token within max_length = {max_length}"
 
 
 def fit(sample: Sample, max_length: int, truncation: Truncation) -> Iterator[Sample]:
@@ -226,28 +254,13 @@ def fit(sample: Sample, max_length: int, truncation: Truncation) -> Iterator[Sam
     return (part for part in parts if part.num_labels > 0)
 
 
-def as_pair(chat: Chat, where: str) -> Pair:
-    """A conversation of one question and one answer, with or without a system's message before."""
-    roles = [message["role"] for message in chat.messages]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise DataError(
-            f"{where} is a conversation ({', '.join(roles)}); expected one question and one answer, "
-            "or data.template=chat"
-        )
-    *asked, answer = (message["content"] for message in chat.messages)
-    prompt = "\n".join(asked)
-    return Pair(prompt, answer, prompt)
-
-
-def as_chat(pair: Pair) -> Chat:
-    return Chat(({"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.response}))
-
-
 class Encoder:
     """Rows to samples, not yet fitted. formats: rows by the keys that they were found by."""
 
-    def __init__(self, tokenizer: Any, template: str, labels: Taught, add_eos: bool) -> None:
-        self.tokenizer, self.labels = tokenizer, labels
+    def __init__(
+        self, tokenizer: Any, template: str, labels: Taught, add_eos: bool, fields: Mapping[str, str] | None = None
+    ) -> None:
+        self.tokenizer, self.labels, self.fields = tokenizer, labels, fields
         self.eos: list[int] = [tokenizer.eos_token_id] if add_eos else []
         self.formats: Counter[str] = Counter()
         self._named = None if template == "auto" else choose_template(template, tokenizer)
@@ -262,6 +275,15 @@ class Encoder:
         """Raises ConfigError: the tokenizer has none."""
         return choose_template("chat", self.tokenizer)
 
+    @cached_property
+    def _marks(self) -> set[int]:
+        """Ids that are not spelled: special tokens, and what was added to the vocabulary."""
+        return {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+
+    @cached_property
+    def _largest_id(self) -> int:
+        return max(self.tokenizer.get_vocab().values())
+
     def encode(self, rows: Sequence[Row], wheres: Sequence[str]) -> Iterator[tuple[Sample, bool]]:
         """Of each row its sample, and whether its response is empty."""
         made: dict[int, Sample] = {}
@@ -270,7 +292,7 @@ class Encoder:
         chats: dict[int, tuple[str, list[Span]]] = {}
         empty: set[int] = set()
         for i, (row, where) in enumerate(zip(rows, wheres, strict=True)):
-            content, keys = read_row(row, where)
+            content, keys = read_row(row, where, self.fields)
             self.formats[keys] += 1
             template = self.template_for(content)
             if isinstance(content, Pair) and template.for_chats:
@@ -279,6 +301,7 @@ class Encoder:
                 content = as_pair(content, where)
             match content:
                 case Tokens():
+                    self._check_ids(content.input_ids, where)
                     made[i], said = Sample.of_mask(content.input_ids, content.taught), "."
                 case Text(said):
                     texts[i] = said
@@ -286,7 +309,7 @@ class Encoder:
                     pairs[i], said = (template.prompt(content, row, where), content.response), content.response
                 case Chat():
                     chats[i] = write_chat(content, template, self.tokenizer, self.labels, where)
-                    said = "".join(m["content"] for m in content.messages if m["role"] == "assistant")
+                    said = "".join(content.messages[k]["content"] for k in answers_of(content, self.labels))
             empty |= {i} if not said else set()
         prompts = _ids(self.tokenizer, [prompt for prompt, _ in pairs.values()])
         responses = _response_ids(self.tokenizer, [response for _, response in pairs.values()]) if pairs else []
@@ -298,25 +321,39 @@ class Encoder:
         return ((made[i], i in empty) for i in range(len(rows)))
 
     def _chats(self, written: Sequence[tuple[str, list[Span]]]) -> Iterator[Sample]:
-        fast = len(written) > 0 and self.tokenizer.is_fast
+        for (text, spans), whole in zip(written, self._in_one_piece(written), strict=True):
+            ids, taught = whole or self._in_pieces(text, spans)
+            yield Sample.of_mask(*self._ended(ids, taught))
+
+    def _in_one_piece(self, written: Sequence[tuple[str, list[Span]]]) -> Iterator[tuple[list[int], list[bool]] | None]:
+        """None: a token may lie across an edge, or the prompt of the first turn, as generation has it, has other ids
+        than here (GPT-2's tokenizer parts two newlines where a word follows)."""
+        if not written or not self.tokenizer.is_fast:
+            yield from (None for _ in written)
+            return
         found = self.tokenizer(
             [text for text, _ in written], add_special_tokens=False, verbose=False, return_offsets_mapping=True
-        ) if fast else None  # fmt: skip
-        for k, (text, spans) in enumerate(written):
-            taught = taught_tokens(found["offset_mapping"][k], spans) if found else None
-            if found is None or taught is None:
-                ids, taught = self._in_pieces(text, spans)
-            else:
-                ids = found["input_ids"][k]
-            yield Sample.of_mask(*self._ended(ids, taught))
+        )
+        prompts = _ids(self.tokenizer, [text[: spans[0][0]] for text, spans in written])
+        encodings = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        for (text, spans), (ids, offsets), prompt in zip(written, encodings, prompts, strict=True):
+            taught = taught_tokens(offsets, spans, len(text))
+            same = taught is not None and ids[: [*taught, True].index(True)] == prompt
+            yield (ids, taught) if taught is not None and same else None
+
+    def _check_ids(self, ids: list[int], where: str) -> None:
+        """Raises DataError: the tokenizer, and so the model, may not have one of them."""
+        if (largest := max(ids)) > self._largest_id:
+            raise DataError(f"{where} has the token id {largest}, the tokenizer's largest is {self._largest_id}")
 
     def _ended(self, ids: list[int], taught: list[bool]) -> tuple[list[int], list[bool]]:
         """With EOS in place of the white space after the last turn, where the template has no end mark of its own."""
-        end = max((i + 1 for i, one in enumerate(taught) if one), default=0)
+        if not self.eos:
+            return ids, taught
+        end = len(taught) - taught[::-1].index(True) if True in taught else 0
         while end and self.tokenizer.decode(ids[end - 1 : end]).isspace():
             end -= 1
-        marks = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        if not self.eos or not end or ids[end - 1] in marks or self.tokenizer.decode(ids[end:]).strip():
+        if not end or ids[end - 1] in self._marks or self.tokenizer.decode(ids[end:]).strip():
             return ids, taught
         return ids[:end] + self.eos, [*taught[:end], True]
 
@@ -326,19 +363,6 @@ class Encoder:
         ids = _ids(self.tokenizer, [piece for piece, _ in pieces])
         flat = [(token, taught) for tokens, (_, taught) in zip(ids, pieces, strict=True) for token in tokens]
         return [token for token, _ in flat], [taught for _, taught in flat]
-
-
-def taught_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool] | None:
-    """Of each token, whether it lies within one of the spans; None where one lies across an edge."""
-    places = np.asarray(offsets).reshape(-1, 2)
-    taught = np.zeros(len(places), dtype=bool)
-    for start, end in spans:
-        inside = (places[:, 0] >= start) & (places[:, 1] <= end) & (places[:, 0] < places[:, 1])
-        touched = (places[:, 0] < end) & (places[:, 1] > start)
-        if (inside != touched).any():
-            return None
-        taught |= inside
-    return taught.tolist()
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

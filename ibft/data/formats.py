@@ -9,7 +9,7 @@
     text                all of it is taught
     input_ids           with labels (-100: not taught) or without
 
-Whatever has other keys is read through `data.fields`, which names the keys to take instead.
+Whatever has other keys is read through `data.fields`, which names the keys to take instead; messages name these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,37 +67,70 @@ class Tokens:
 Content = Pair | Text | Chat | Tokens
 
 
-def read_row(row: Row, where: str = "a row") -> tuple[Content, str]:
-    """What the row says, and the keys that it was found by, for people.
-
-    where: names the row in messages.
+def as_pair(chat: Chat, where: str) -> Pair:
+    """A conversation of one question and one answer, with or without a system's message before.
 
     Raises:
-        DataError: unknown keys, or values of another kind.
+        DataError: another one.
     """
-    for prompt_key, response_keys in PAIRS:
-        response_key = next((key for key in response_keys if key in row), None)
-        if prompt_key not in row or response_key is None:
-            continue
-        found = f"{prompt_key} + {response_key}"
-        if isinstance(row[prompt_key], list) and isinstance(row[response_key], list):
-            asked = read_messages(row, prompt_key, where)
-            answered = read_messages(row, response_key, where)
-            return chat_of((*asked, *answered), response_key, where, taught_from=len(asked)), f"{found} (messages)"
-        prompt, response = (text_of(row, key, where) for key in (prompt_key, response_key))
-        if prompt_key == "instruction" and row.get("input") is not None:  # parquet writes absent fields as null
-            extra = text_of(row, "input", where)
-            whole = f"{prompt}\n{extra}" if extra else prompt
-            return Pair(whole, response, prompt, extra), f"instruction + input + {response_key}"
-        return Pair(prompt, response, prompt), found
-    for key in ("messages", "conversations"):
-        if key in row:
-            return chat_of(read_messages(row, key, where), key, where), key
-    if "text" in row:
-        return Text(text_of(row, "text", where)), "text"
-    if "input_ids" in row:
-        return read_tokens(row, where), "input_ids"
+    roles = [message["role"] for message in chat.messages]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise DataError(
+            f"{where} is a conversation ({', '.join(roles)}); expected one question and one answer, "
+            "or data.template=chat"
+        )
+    *asked, answer = (message["content"] for message in chat.messages)
+    prompt = "\n".join(asked)
+    return Pair(prompt, answer, prompt)
+
+
+def as_chat(pair: Pair) -> Chat:
+    return Chat(({"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.response}))
+
+
+def read_row(row: Row, where: str = "a row", fields: Mapping[str, str] | None = None) -> tuple[Content, str]:
+    """What the row says, and its keys that it was found by, for people.
+
+    Args:
+        where: names the row in messages.
+        fields: the name that formats know -> the row's own key (`data.fields`), and no other is looked at; None or
+            empty: the row's keys are those names.
+
+    Raises:
+        DataError: unknown keys, values of another kind, or a row without one of the fields.
+    """
+    if fields and (missing := [key for key in fields.values() if key not in row]):
+        raise DataError(f"{where} has no {missing[0]!r} (data.fields); it has the keys {', '.join(map(str, row))}")
+    keys = fields or {key: key for key in row}
+    for prompt_name, response_names in PAIRS:
+        response_name = next((name for name in response_names if name in keys), None)
+        if prompt_name in keys and response_name is not None:
+            extra = keys.get("input") if prompt_name == "instruction" else None
+            return read_pair(row, keys[prompt_name], keys[response_name], extra, where)
+    for name in ("messages", "conversations"):
+        if name in keys:
+            key = keys[name]
+            return chat_of(read_messages(row, key, where), key, where), key if key == name else f"{key} (messages)"
+    if "text" in keys:
+        key = keys["text"]
+        return Text(text_of(row, key, where)), key if key == "text" else f"{key} (text)"
+    if "input_ids" in keys:
+        return read_tokens(row, keys["input_ids"], keys.get("labels"), where), keys["input_ids"]
     raise DataError(f"{where} has the keys {', '.join(map(str, row)) or '(none)'}; expected {ACCEPTED_KEYS}")
+
+
+def read_pair(row: Row, asked: str, answered: str, extra: str | None, where: str) -> tuple[Pair | Chat, str]:
+    """The keys of the prompt, of the response and of alpaca's `input`. Two lists of messages are a conversation."""
+    found = f"{asked} + {answered}"
+    if isinstance(row[asked], list) and isinstance(row[answered], list):
+        before = read_messages(row, asked, where)
+        messages = (*before, *read_messages(row, answered, where))
+        return chat_of(messages, answered, where, taught_from=len(before)), f"{found} (messages)"
+    prompt, response = text_of(row, asked, where), text_of(row, answered, where)
+    if extra is None or row[extra] is None:  # parquet writes absent fields as null
+        return Pair(prompt, response, prompt), found
+    more = text_of(row, extra, where)
+    return Pair(f"{prompt}\n{more}" if more else prompt, response, prompt, more), f"{asked} + {extra} + {answered}"
 
 
 def is_chat(found: str) -> bool:
@@ -105,22 +138,23 @@ def is_chat(found: str) -> bool:
     return found in ("messages", "conversations") or found.endswith("(messages)")
 
 
-def rename(row: Row, fields: Mapping[str, str], where: str) -> Row:
-    """The row with the keys that `data.fields` names under the names that formats know, and no other.
-
-    Raises:
-        DataError: the row lacks one of them.
-    """
-    if missing := [key for key in fields.values() if key not in row]:
-        raise DataError(f"{where} has no {missing[0]!r} (data.fields); it has the keys {', '.join(map(str, row))}")
-    return {name: row[key] for name, key in fields.items()}
-
-
 def text_of(row: Row, key: str, where: str) -> str:
     value = row[key]
     if not isinstance(value, str):
         raise DataError(f"{where}: {key} is {type(value).__name__}, expected a string")
-    return value
+    return whole_text(value, f"{where}: {key}")
+
+
+def whole_text(text: str, place: str) -> str:
+    """The text itself. Raises DataError: it holds half a surrogate pair (JSON can), which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place} holds {text[error.start]!a} at character {error.start + 1}, half of a surrogate pair; "
+            "expected Unicode text"
+        ) from None
+    return text
 
 
 def read_messages(row: Row, key: str, where: str) -> tuple[Mapping[str, str], ...]:
@@ -139,7 +173,7 @@ def read_messages(row: Row, key: str, where: str) -> tuple[Mapping[str, str], ..
             raise DataError(f"{place} has the {role_key} {role!r}, expected one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise DataError(f"{place}: {text_key} is {type(content).__name__}, expected a string")
-        found.append({"role": ROLES[role], "content": content})
+        found.append({"role": ROLES[role], "content": whole_text(content, f"{place}: {text_key}")})
     return tuple(found)
 
 
@@ -150,18 +184,19 @@ def chat_of(messages: tuple[Mapping[str, str], ...], key: str, where: str, *, ta
     return Chat(messages, taught_from)
 
 
-def read_tokens(row: Row, where: str) -> Tokens:
-    ids, labels = row["input_ids"], row.get("labels")
+def read_tokens(row: Row, key: str, labels_key: str | None, where: str) -> Tokens:
+    """labels_key: None where all is taught."""
+    ids, labels = row[key], row[labels_key] if labels_key is not None else None
     if not _all_whole(ids) or not ids or min(ids) < 0:
-        raise DataError(f"{where}: input_ids is {_kind(ids)}, expected a list of token ids, 0 or more")
+        raise DataError(f"{where}: {key} is {_kind(ids)}, expected a list of token ids, 0 or more")
     if labels is None:
         return Tokens(list(ids), [True] * len(ids))
     if not _all_whole(labels) or len(labels) != len(ids):
-        raise DataError(f"{where}: labels is {_kind(labels)}, expected a list as long as input_ids")
+        raise DataError(f"{where}: {labels_key} is {_kind(labels)}, expected a list as long as {key}")
     wrong = next((i for i, (a, b) in enumerate(zip(ids, labels, strict=True)) if b not in (a, IGNORED)), None)
     if wrong is not None:
         raise DataError(
-            f"{where}: labels[{wrong}] is {labels[wrong]}, expected input_ids[{wrong}] = {ids[wrong]} or {IGNORED} "
+            f"{where}: {labels_key}[{wrong}] is {labels[wrong]}, expected {key}[{wrong}] = {ids[wrong]} or {IGNORED} "
             "(labels are not shifted)"
         )
     return Tokens(list(ids), [label != IGNORED for label in labels])

@@ -36,24 +36,35 @@ def read_ids(option: str, file: str, rows: int, data: str) -> Ids:
         raise DataError(f'{option}: {file} has no list of ids: expected {{"ids": [numbers of rows, from 0]}}')
     if not ids:
         raise DataError(f"{option}: {file} has an empty list of ids")
+    seen: set[int] = set()
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool):
             raise DataError(f"{option}: {file} has the id {number!r:.80}, expected whole numbers")
         if not 0 <= number < rows:
             raise DataError(f"{option}: {file} has id {number}, but {data} has the rows 0 .. {rows - 1}")
-    if len(set(ids)) < len(ids):
-        twice = next(number for i, number in enumerate(ids) if number in ids[:i])
-        raise DataError(f"{option}: {file} has id {twice} twice")
+        if number in seen:
+            raise DataError(f"{option}: {file} has id {number} twice")
+        seen.add(number)
     return Ids(file, hashlib.sha256(content).hexdigest(), ids, found.get("data_sha256"))
 
 
 def hash_rows(rows: Sequence[Row]) -> str:
-    """sha256 of all of them, in their order."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+    """sha256 of all of them, in their order: of the JSON array of them, which is never held as a whole."""
+    encoder = json.JSONEncoder(sort_keys=True, default=str)
+    digest = hashlib.sha256(b"[")
+    for number, row in enumerate(rows):
+        digest.update((", " if number else "").encode() + encoder.encode(row).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def choose_rows(rows: Sequence[Row], data: str, *, keep: str | None, drop: str | None) -> list[Row]:
-    """The rows that a training run is left with, in their order. keep, drop: files of ids.
+    """The rows of `choose_numbers`."""
+    return [rows[number] for number in choose_numbers(rows, data, keep=keep, drop=drop)]
+
+
+def choose_numbers(rows: Sequence[Row], data: str, *, keep: str | None, drop: str | None) -> list[int]:
+    """Numbers, from 0, of the rows that a training run is left with, ascending. keep, drop: files of ids.
 
     Raises:
         DataError: see `read_ids`; the file was made for other rows than these; or no row is left.
@@ -68,4 +79,4 @@ def choose_rows(rows: Sequence[Row], data: str, *, keep: str | None, drop: str |
         chosen = chosen & set(ids.numbers) if option == "data.keep_ids" else chosen - set(ids.numbers)
     if not chosen:
         raise DataError(f"data.keep_ids and data.drop_ids leave no row of {data}")
-    return [rows[number] for number in sorted(chosen)]
+    return sorted(chosen)

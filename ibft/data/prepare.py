@@ -14,7 +14,7 @@ from ibft.config import BUNDLED, Config, DataConfig
 from ibft.console import Console
 from ibft.data import cache
 from ibft.data.encode import EncodedData, encode_rows
-from ibft.data.ids import choose_rows, hash_rows
+from ibft.data.ids import choose_numbers, hash_rows
 from ibft.data.sources import Row, files_of, load_rows, open_hub
 from ibft.data.templates import choose_template
 from ibft.errors import DataError
@@ -90,15 +90,17 @@ def encode(
     rows = load_rows(path, split=settings.split)
     given = len(rows)
     notes: list[str] = []
+    numbers = None
     if chosen:
-        rows, notes = choose(rows, settings)
+        numbers, notes = choose(rows, settings)
+        rows = [rows[number] for number in numbers]
     digest = hash_rows(rows)
     try:
         with console.progress(f"tokenising {what}", len(rows)) as advance:
             data = encode_rows(
                 rows, tokenizer, max_length=settings.max_length, add_eos=settings.add_eos,
                 template=settings.template, labels=settings.labels, truncation=settings.truncation,
-                fields=settings.fields.given(), progress=advance,
+                fields=settings.fields.given(), numbers=numbers, progress=advance,
             )  # fmt: skip
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
@@ -107,20 +109,22 @@ def encode(
     return data, {"notes": notes, "sha256": digest}
 
 
-def choose(rows: Sequence[Row], settings: DataConfig) -> tuple[list[Row], list[str]]:
-    """The rows that are left by ids, duplicates, decontamination and max_samples, and what there is to say."""
-    left = choose_rows(rows, settings.path, keep=settings.keep_ids, drop=settings.drop_ids)
+def choose(rows: Sequence[Row], settings: DataConfig) -> tuple[list[int], list[str]]:
+    """Numbers, from 0, of the rows that are left by ids, duplicates, decontamination and max_samples; and what there is
+    to say."""
+    left = choose_numbers(rows, settings.path, keep=settings.keep_ids, drop=settings.drop_ids)
     notes = []
     if settings.decontaminate or settings.deduplicate:
         from ibft.data.decontaminate import rows_to_drop
 
         drops = rows_to_drop(
-            left, settings.decontaminate, deduplicate=settings.deduplicate, option="data.decontaminate"
-        )
+            [rows[number] for number in left], settings.decontaminate, deduplicate=settings.deduplicate,
+            option="data.decontaminate",
+        )  # fmt: skip
         gone = drops.contaminated | drops.duplicates
         if len(gone) == len(left):
             raise DataError(f"data.decontaminate and data.deduplicate leave no row of {settings.path}")
-        left = [row for number, row in enumerate(left) if number not in gone]
+        left = [number for place, number in enumerate(left) if place not in gone]
         notes.append(drops.summary)
     return left[: settings.max_samples], notes
 

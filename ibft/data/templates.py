@@ -15,10 +15,11 @@ Where that fails the row is refused: a mask is checked, never guessed.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from ibft.data.formats import Chat, Pair, is_chat
+from ibft.data.formats import Chat, Pair, is_chat, whole_text
 from ibft.data.sources import Row
 from ibft.errors import ConfigError, DataError
 
@@ -61,9 +62,10 @@ class Template:
             return ALPACA.format(with_input=with_input, instruction=pair.instruction, input=extra)
         values = {"prompt": pair.prompt, "instruction": pair.instruction, "input": pair.input, "row": row or {}}
         try:
-            return str(self._prompt.render(values))
+            text = str(self._prompt.render(values))
         except Exception as error:  # whatever a template's own code raises
             raise refused(where, self.name, error) from error
+        return whole_text(text, f"{where}: what the template ({self.name}) writes")  # of any key of the row
 
 
 def template_in_use(name: str, formats: Mapping[str, int]) -> str:
@@ -123,36 +125,74 @@ def without_generation_tags(source: str) -> str:
 # --- conversations --------------------------------------------------------------------------------
 
 
+def answers_of(chat: Chat, taught: Taught) -> list[int]:
+    """The turns that are taught, from 0; of "all" those that answer."""
+    # what opens a conversation answers nothing
+    turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and i >= max(chat.taught_from, 1)]
+    return turns[-1:] if taught == "response" else turns
+
+
 def write_chat(chat: Chat, template: Template, tokenizer: Any, taught: Taught, where: str) -> tuple[str, list[Span]]:
     """The whole text, and where the turns that are taught lie in it.
 
     A turn is taught with what the template ends it with (its end mark), but for white space after that.
 
     Raises:
-        DataError: the template refuses the conversation, or writes a turn otherwise once others follow, so that its
-            place in the text is not known.
+        DataError: the template refuses the conversation; writes a turn otherwise once others follow, so that its
+            place in the text is not known; or would have the mark taught that asks for an answer.
     """
     messages = chat.messages
     whole = render(messages, template, tokenizer, where)
     if taught == "all":
         return whole, [(0, len(whole))]
-    # what opens a conversation answers nothing
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= max(chat.taught_from, 1)]
-    if taught == "response":
-        turns = turns[-1:]
-    spans = []
-    for i in turns:
-        before = render(messages[:i], template, tokenizer, where, ask=True)
-        after = whole if i == len(messages) - 1 else render(messages[: i + 1], template, tokenizer, where)
-        if not whole.startswith(before) or not whole.startswith(after.rstrip()) or len(after) < len(before):
-            raise DataError(
-                f"{where}: the chat template writes turn {i + 1} otherwise once more turns follow, so that its place "
-                "is not known; expected data.labels=response, or a template that writes a turn once and for all"
-            )
-        if messages[i]["content"].strip() not in whole[len(before) : len(after)]:
-            raise DataError(f"{where}: the chat template does not write the content of turn {i + 1} as it is")
-        spans.append((len(before), len(after.rstrip())))
-    return whole, spans
+    return whole, [place_of(i, messages, whole, template, tokenizer, where) for i in answers_of(chat, taught)]
+
+
+def place_of(
+    i: int, messages: Sequence[Mapping[str, str]], whole: str, template: Template, tokenizer: Any, where: str
+) -> Span:
+    """Where turn i lies in the whole text, with its end mark. Raises DataError: see `write_chat`."""
+    before = render(messages[:i], template, tokenizer, where, ask=True)
+    after = whole if i == len(messages) - 1 else render(messages[: i + 1], template, tokenizer, where)
+    if not whole.startswith(before) or not whole.startswith(after.rstrip()) or len(after) < len(before):
+        raise DataError(
+            f"{where}: the chat template writes turn {i + 1} otherwise once more turns follow, so that its place "
+            "is not known; expected data.labels=response, or a template that writes a turn once and for all"
+        )
+    content, written = messages[i]["content"].strip(), whole[len(before) : len(after)]
+    if content not in written:
+        raise DataError(f"{where}: the chat template does not write the content of turn {i + 1} as it is")
+    opening = written[: written.index(content)].strip()
+    # rendered once more only where something stands before the content: a mark of thinking, or the role
+    if opening and before == render(messages[:i], template, tokenizer, where):
+        raise DataError(
+            f"{where}: the chat template does not heed add_generation_prompt, so that turn {i + 1} would be taught "
+            f"with the mark before it: {written[:40]!r}; expected a template that writes that mark where it asks"
+        )
+    return len(before), len(after.rstrip())
+
+
+def taught_tokens(offsets: Sequence[Span], spans: Sequence[Span], length: int) -> list[bool] | None:
+    """Of each token, whether it lies within one of the spans; None where an edge of one is not seen to lie between two
+    tokens.
+
+    Tokenizers may give the place of a token without the white space that it begins or ends with (`trim_offsets`, as
+    GPT-2's and Llama 3's do). So a token must end at the edge and the next one begin there: that another begins or
+    ends there proves nothing.
+
+    offsets: of each token, its first character and the one after its last. length: characters of the text.
+    """
+    ends = [0, *map(itemgetter(1), offsets)]
+    starts = [*map(itemgetter(0), offsets), length]
+    # edge -> tokens before it; the last of these, as a token of white space alone is trimmed to nothing at its end
+    before = {0: 0, length: len(offsets)}
+    before |= {end: k for k, (end, start) in enumerate(zip(ends, starts, strict=True)) if end == start}
+    taught = [False] * len(offsets)
+    for start, end in spans:
+        if start not in before or end not in before:
+            return None
+        taught[before[start] : before[end]] = [True] * (before[end] - before[start])
+    return taught
 
 
 def render(

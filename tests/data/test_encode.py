@@ -106,13 +106,41 @@ def test_truncation_and_drops_are_counted(tokenizer):
     )
 
 
+MASKED = {"input_ids": [1, 2, 3], "labels": [-100] * 3}
+
+
 def test_all_rows_dropped_is_an_error(tokenizer):
     with pytest.raises(DataError, match="no sample left: none of the 1 rows has a label token within max_length = 3"):
         encode_rows([{"prompt": "abc", "response": "x"}], tokenizer, max_length=3)
     with pytest.raises(DataError, match="no sample left: row 1 and all others have an empty response"):
         encode_rows([{"prompt": "abc", "response": ""}], tokenizer, max_length=99)
-    with pytest.raises(DataError, match="no sample left: none of the 1 rows has a label"):  # all masked
-        encode_rows([{"input_ids": [1, 2, 3], "labels": [-100] * 3}], tokenizer, max_length=99)
+    with pytest.raises(DataError, match="no sample left: none of the 1 rows has a label token, at any max_length"):
+        encode_rows([MASKED], tokenizer, max_length=99, truncation="drop")
+    too_long = [{"prompt": "a", "response": "x"}, {"prompt": "ab", "response": "x"}, MASKED]  # 4 and 5 tokens
+    with pytest.raises(DataError, match="each of the 2 rows with a label token is longer than max_length = 3"):
+        encode_rows(too_long, tokenizer, max_length=3, truncation="drop")
+
+
+def test_rows_without_a_label_are_not_called_too_long(tokenizer):
+    data = encode_rows([MASKED, {"prompt": "a", "response": "x"}, MASKED], tokenizer, max_length=99)
+    assert (len(data.samples), data.unlabelled, data.dropped, data.truncated) == (1, 2, 0, 0)
+    assert data.samples.rows.tolist() == [1]
+    assert data.summary() == "1 samples, 4 tokens, 2 of them labels; 2 rows without a label token left out"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a\ud800", "response": "x"}, r"row 2: prompt holds '\\ud800' at character 2"),
+        ({"prompt": "a", "response": "\udc00x"}, r"row 2: response holds '\\udc00' at character 1"),
+        ({"input_ids": [1, 2, 2**31]}, "row 2 has the token id 2147483648, the tokenizer's largest is 256"),
+        ({"input_ids": [1, 2**70, 2]}, "row 2 has the token id 1180591620717411303424"),
+        ({"input_ids": [257, 1]}, "row 2 has the token id 257"),
+    ],
+)
+def test_what_no_tokenizer_or_model_reads_names_the_row(tokenizer, row, said):
+    with pytest.raises(DataError, match=said):
+        encode_rows([{"input_ids": [256, 255]}, row], tokenizer, max_length=99)
 
 
 def test_empty_responses_are_left_out_and_counted(tokenizer):

@@ -285,6 +285,19 @@ def test_parts_of_a_row_are_not_held_out_from_each_other(tmp_path, tokenizer, mo
     assert len(data.held_out.samples) > 3
 
 
+@pytest.mark.parametrize("setting", ["data.drop_ids", "data.deduplicate"])
+def test_a_row_keeps_its_number_where_others_are_left_out(data_file, tokenizer, tmp_path, setting):
+    """In messages, and in what a fault of training names."""
+    value = "true"
+    if setting == "data.drop_ids":
+        value = str(rows_at(tmp_path / "ids.json", [{"ids": [1]}]))
+    rows_at(data_file, [ROWS[0], ROWS[0], ROWS[1], ROWS[2]])
+    assert load(data_file, tokenizer, f"{setting}={value}").train.samples.rows.tolist() == [0, 2, 3]
+    rows_at(data_file, [ROWS[0], ROWS[0], ROWS[1], {"instruction": "a", "output": 3}])
+    with pytest.raises(DataError, match="row 4: output is int"):
+        load(data_file, tokenizer, f"{setting}={value}")
+
+
 def test_equal_rows_once(data_file, tokenizer, capsys):
     data_file.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:3], ROWS[1], ROWS[0]]))
     data = load(data_file, tokenizer, "data.deduplicate=true")

@@ -1,11 +1,12 @@
 """Templates: the texts they write, and where what they teach lies in these."""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ibft.data.encode import encode_prompts, encode_rows
 from ibft.data.formats import Pair
-from ibft.data.templates import Template, choose_template
+from ibft.data.templates import Template, choose_template, taught_tokens
 from ibft.errors import ConfigError, DataError
 
 CHATML = (
@@ -17,6 +18,12 @@ BARE = (  # no mark at the end of a turn
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 THINKING = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('|')[-1] }}")
+COLON = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+PARTED = COLON.replace(": ", ":\n\n")
+DEAF = CHATML.split("{% if")[0]  # to add_generation_prompt
 TRIMMING = CHATML.replace("{{ m.content }}", "{{ m.content | trim }}")
 RAISING = "{{ raise_exception('roles must alternate') }}{{ messages }}"
 TALK = {
@@ -86,6 +93,12 @@ def test_a_jinja_file_of_the_prompt(tokenizer, tmp_path):
     assert taught(row, tokenizer, template=str(path)) == ["r<eos>"]
     with pytest.raises(DataError, match=r"row 1: the template \(.*mine.jinja\) refuses it: 'dict object' has no"):
         whole({"instruction": "p", "output": "r"}, tokenizer, template=str(path))
+    fields = {"instruction": "q", "output": "a"}  # keys that these do not name are there too
+    assert (
+        whole({"q": "p", "a": "r", "level": 3}, tokenizer, template=str(path), fields=fields) == "Q (3): p\nA: r<eos>"
+    )
+    with pytest.raises(DataError, match=r"row 1: what the template \(.*mine.jinja\) writes holds '\\ud800'"):
+        whole(row | {"level": "\ud800"}, tokenizer, template=str(path))
 
 
 def test_a_jinja_file_of_conversations(chatting, tmp_path):
@@ -129,12 +142,98 @@ def test_in_pieces_where_there_are_no_offsets(chatting, monkeypatch):
 
 
 def test_a_token_across_the_edge_of_a_turn():
-    from ibft.data.encode import taught_tokens
+    assert taught_tokens([(0, 2), (2, 4), (4, 6)], [(2, 4)], 6) == [False, True, False]
+    assert taught_tokens([(0, 3), (3, 4), (4, 6)], [(2, 4)], 6) is None
+    assert taught_tokens([(0, 2), (2, 5)], [(2, 4)], 5) is None
+    assert taught_tokens([(0, 0), (0, 2)], [(0, 2)], 2) == [False, True]  # a mark that is no text
 
-    assert taught_tokens([(0, 2), (2, 4), (4, 6)], [(2, 4)]) == [False, True, False]
-    assert taught_tokens([(0, 3), (3, 4), (4, 6)], [(2, 4)]) is None
-    assert taught_tokens([(0, 2), (2, 5)], [(2, 4)]) is None
-    assert taught_tokens([(0, 0), (0, 2)], [(0, 2)]) == [False, True]  # a mark that is no text
+
+def test_edges_within_the_white_space_that_offsets_leave_out():
+    assert taught_tokens([(0, 2), (3, 4)], [(3, 4)], 4) is None  # "ab", " c": nothing ends where the c begins
+    assert taught_tokens([(0, 2), (3, 4)], [(2, 4)], 4) is None  # nor begins where the b ends
+    assert taught_tokens([(0, 2), (3, 3), (6, 6), (7, 8)], [(3, 8)], 8) is None  # "ab", "\n", three spaces, " c"
+    assert taught_tokens([(0, 2), (3, 3), (3, 4)], [(3, 4)], 4) == [False, False, True]  # "ab", "\n", "c"
+    assert taught_tokens([(0, 2), (2, 3)], [(2, 3)], 5) is None  # "ab", ";\n\n": it ends behind the edge
+    assert taught_tokens([(0, 2), (2, 3), (5, 5)], [(2, 5)], 5) == [False, True, True]
+    assert taught_tokens([(1, 2), (2, 3)], [(0, 4)], 4) == [True, True]  # the ends of a text are no token's inside
+
+
+@pytest.fixture(scope="module")
+def trimming() -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-2's: words with the space before them are tokens, which their offsets leave out."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(["def f(x):\n    return x\n    return y\n" * 20, *["assistant:\n\n"] * 20], trainer)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=["<|im_start|>", "<|im_end|>"]
+    )
+
+
+@pytest.mark.parametrize("response", ["return x", "    return x", "return x\n\nreturn y"])
+@pytest.mark.parametrize("template", [CHATML, COLON, PARTED])
+def test_trimmed_offsets_move_no_label(trimming, tmp_path, template, response):
+    path = tmp_path / "t.jinja"
+    path.write_text(template)
+    (sample,) = encode_rows(
+        [{"prompt": "q", "response": response}], trimming, max_length=99, template=str(path)
+    ).samples
+    end = "<|im_end|>" if template == CHATML else "<eos>"
+    assert trimming.decode([sample.input_ids[i] for i in sample.label_positions()]) == response + end
+    asked = encode_prompts(["q"], trimming, choose_template(str(path), trimming))[0]
+    assert sample.input_ids[: sample.prompt_length] == asked
+
+
+def test_several_turns_in_pieces(trimming, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text(COLON)
+    assert taught(TALK, trimming, template=str(path)) == ["2", "4<eos>"]
+
+
+@pytest.mark.parametrize(
+    ("contents", "labels", "empty"),
+    [
+        (("a", ""), "response", 1),
+        (("a", ""), "assistant", 0),
+        (("", "a"), "response", 0),
+        (("", ""), "assistant", 1),
+        (("", ""), "all", 1),
+    ],
+)
+def test_a_conversation_is_empty_where_the_turns_that_are_taught_are(chatting, contents, labels, empty):
+    first, last = contents
+    turns = [("user", "q"), ("assistant", first), ("user", "r"), ("assistant", last)]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    data = encode_rows([row, TALK], chatting, max_length=99, labels=labels)
+    assert (len(data.samples), data.empty) == (2 - empty, empty)
+
+
+def test_what_stands_before_an_empty_completion_is_no_answer(chatting):
+    row = {"prompt": TALK["messages"][:4], "completion": [{"role": "assistant", "content": ""}]}
+    assert encode_rows([row, TALK], chatting, max_length=99).first_empty == 1
+
+
+def test_a_template_that_does_not_ask_is_refused_where_it_would_teach_the_role(chatting):
+    chatting.chat_template = DEAF
+    with pytest.raises(DataError, match=r"row 1: .* add_generation_prompt, .* before it: '<\|im_start\|>assist"):
+        taught(TALK, chatting)
+    assert taught(TALK, chatting, labels="all")
+
+
+def test_what_a_template_writes_before_an_answer_may_be_taught_where_it_is_not_the_role(chatting):
+    # as Llama 2's, which has nothing to ask with: the answer follows the question at once
+    chatting.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<|im_end|>{% else %}[{{ m.content }}]"
+        "{% endif %}{% endfor %}"
+    )
+    assert taught(TALK, chatting) == [" 2<|im_end|>", " 4<|im_end|>"]
+    chatting.chat_template = CHATML.replace(
+        "{{ m.content }}", "{{ '<think>' if m.role == 'assistant' }}{{ m.content }}"
+    )
+    assert taught(TALK, chatting) == ["<think>2<|im_end|>", "<think>4<|im_end|>"]
 
 
 def test_trimmed_content_is_found(chatting):
