@@ -468,6 +468,13 @@ def count_steps(data: EncodedData, config: Config, processes: int = 1) -> int:
     )
 
 
+def count_all_steps(data: EncodedData, config: Config, processes: int = 1) -> int:
+    """Optimizer steps of a run."""
+    if config.train.max_steps != -1:
+        return config.train.max_steps
+    return math.ceil(config.train.num_train_epochs * count_steps(data, config, processes))
+
+
 class Window:
     """Real tokens and seconds of training since the last reading, and in all; evaluation does not count."""
 

@@ -1,7 +1,6 @@
 """`ibft-fast train`: from a configuration to a trained adapter and a table that says what it was worth."""
 
 import importlib.metadata
-import math
 import os
 import signal
 import time
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ibft.bottleneck import InformationBottleneck
+    from ibft.data.encode import EncodedData
     from ibft.data.prepare import Datasets
     from ibft.loop import Trainer
 
@@ -99,6 +99,7 @@ def run_training(
         choice = choose_plan(setup, memory_budget(config, device))
         advice.setup, advice.choice = setup, choice
         console.memory(config, choice)
+        console.line(describe_steps(config, data.train))
         if dry_run:
             console.notice("dry run: configuration, model files and data are in order; nothing was trained or written")
             return 0
@@ -267,7 +268,7 @@ def build_trainer(
     """
     from ibft.context import BatchContext
     from ibft.fused import Fused, fuse
-    from ibft.loop import Trainer, count_steps
+    from ibft.loop import Trainer, count_all_steps
     from ibft.model import add_lora, load_base, lora_parameters, pad_id_of
     from ibft.objective import IBObjective
     from ibft.offload import offload_embeddings
@@ -303,11 +304,7 @@ def build_trainer(
     optimizer, notices = make_optimizer(
         groups, config.train, bottleneck_lr=config.ib.learning_rate, device=accelerator.device
     )
-    total_steps = config.train.max_steps
-    if total_steps == -1:
-        total_steps = math.ceil(
-            config.train.num_train_epochs * count_steps(data.train, config, accelerator.num_processes)
-        )
+    total_steps = count_all_steps(data.train, config, accelerator.num_processes)
     scheduler = make_scheduler(optimizer, config.train, total_steps)
     trainer = Trainer(
         config=config,
@@ -352,6 +349,21 @@ def memory_budget(config: Config, device: torch.device) -> int | None:
 def setup_of(config: Config, base_config: Any, data: "Datasets", device: torch.device, dtype: torch.dtype) -> Setup:
     """What the memory plan is made for. base_config: transformers' of the base."""
     return Setup.of(ModelShape.of(base_config), config, device.type, dtype.itemsize, Load.of(config, data.train))
+
+
+def describe_steps(config: Config, data: "EncodedData") -> str:
+    """How many there are, and what of them is padding."""
+    from ibft.data.order import pack
+    from ibft.loop import count_all_steps, count_steps
+
+    together, length = processes.count(), config.data.max_length
+    epoch, whole = count_steps(data, config, together), count_all_steps(data, config, together)
+    steps = f"{epoch:,} steps an epoch, {whole:,} in all"
+    if not config.data.packing:
+        return f"steps: a sample a row; {steps}"
+    rows = len(pack(data.lengths, length))
+    padding = 1 - data.num_tokens / (rows * length)
+    return f"steps: packed into {rows:,} rows of {length:,} tokens, {padding:.1%} of them padding; {steps}"
 
 
 def is_local(path: str | None) -> bool:

@@ -170,6 +170,7 @@ def test_plain_fine_tuning_and_dry_run(tmp_path):
     assert "grad_norm_bottleneck" not in (tmp_path / "plain/metrics.jsonl").read_text()
     result = invoke("--dry-run", "-o", tmp_path / "dry")
     assert result.exit_code == 0
+    assert "% of them padding; 17 steps an epoch, 80 in all" in result.output
     assert not (tmp_path / "dry").exists()
 
 
