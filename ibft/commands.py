@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ibft.data.visible import visible
 from ibft.errors import EXIT_INTERRUPTED, IBFTError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -25,7 +26,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         rank = os.environ.get("RANK", "0")  # of a launcher: its other processes most often fail alike
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        who = "" if rank == "0" else f" (process {rank})"
+        print(f"error{who}: {visible(str(error))}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

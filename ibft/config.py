@@ -114,12 +114,19 @@ class DataConfig(Section):
     max_samples: PositiveInt | None = None
     """Use only the first rows (of those that are left)."""
     deduplicate: bool = False
-    """Leave out rows that are equal to an earlier one."""
+    """Leave out rows that say the same as an earlier one: the same prompt and response, messages or text."""
     decontaminate: tuple[str, ...] = ()
     """Leave out rows that share a long run of words with these evaluation problems: SUITE=FILE (as `ibft-fast
-    decontaminate --against` has them) or a file."""
+    decontaminate --against` has them) or a file; several with commas between."""
     cache: bool = True
     """Keep encoded data in ~/.cache/ibft-fast (or $IBFT_CACHE), and take them from there."""
+
+    @field_validator("decontaminate", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(entry.strip() for entry in value.split(",") if entry.strip() not in ("", "none"))
+        return value or ()
 
 
 class LoraConfig(Section):

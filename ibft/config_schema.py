@@ -82,6 +82,8 @@ def _take_texts(key: str, setting: Schema) -> None:
         _also(setting, {"type": "string", "pattern": EXPONENT})  # to YAML 1.1 1e-4 is a text
     if key == "ib.layer":
         _also(setting, {"type": "string", "pattern": LAYERS})
+    elif key == "data.decontaminate":
+        _also(setting, {"type": "string"}, {"enum": [None, False]})
     elif key == "train.mixed_precision":
         _also(setting, {"enum": ["no", False]})
     elif key == "train.report_to":

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ibft.config import BUNDLED, Config
+from ibft.data.read_files import kind_of
 from ibft.errors import ConfigError
 
 # names that users of Hugging Face's Trainer, TRL, Axolotl and Unsloth know -> ours
@@ -72,7 +73,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> tuple[Config, 
     notices: list[str] = []
     tree: Tree = {}
     if path is not None:
-        _merge(tree, _canonical(read_yaml(Path(path)), f"{path}: ", notices))
+        _merge(tree, _canonical(_read_settings(Path(path)), f"{path}: ", notices))
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
@@ -111,6 +112,17 @@ def _preset(name: object) -> Tree:
         )
     tree: Tree = yaml.safe_load(files("ibft").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8"))
     return tree
+
+
+def _read_settings(path: Path) -> Tree:
+    kind = kind_of(path.name)
+    hint = f"; a file of rows is named by data.path={path}"
+    if kind not in (None, ".json"):
+        raise ConfigError(f"{path}: got a {kind} file, expected the settings as .yaml{hint}")
+    try:
+        return read_yaml(path)
+    except ConfigError as error:  # JSON may be either
+        raise ConfigError(f"{error}{hint if kind else ''}") from error
 
 
 def read_yaml(path: Path) -> Tree:

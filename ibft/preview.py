@@ -3,6 +3,7 @@ packing, and the problems that a reader would otherwise find after a night."""
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,22 @@ from ibft.data.collate import num_steps_per_epoch
 from ibft.data.encode import EncodedData
 from ibft.data.order import pack
 from ibft.data.samples import Sample
+from ibft.data.visible import replace_unknown, visible
 
 if TYPE_CHECKING:
     from ibft.data.prepare import Datasets
 
 BINS = 12
-TAUGHT = ("⟦", "⟧")  # around what is taught, where there are no colours
+TAUGHT, TAUGHT_ASCII = ("⟦", "⟧"), ("[[", "]]")  # around what is taught, where there are no colours
+BAR, BAR_ASCII = "█", "#"
 FEW_LABELS = 0.01  # of the tokens
+
+
+class PreviewConsole(Console):
+    """Names the limit of the rows as its user does, where `load_data` takes it for data.max_samples."""
+
+    def data(self, what: str, summary: str) -> None:
+        super().data(what, summary.replace("data.max_samples", "--rows"))
 
 
 def run_preview(config: Config, *, count: int, rows: int, as_json: bool, notices: list[str] | None = None) -> None:
@@ -41,40 +51,48 @@ def run_preview(config: Config, *, count: int, rows: int, as_json: bool, notices
     from ibft.data.prepare import load_data
     from ibft.model import load_tokenizer
 
-    console = Console(to_stderr=as_json)
+    limited = rows > 0 and (config.data.max_samples is None or config.data.max_samples > rows)
+    if not as_json:
+        replace_unknown(sys.stdout)
+    console = PreviewConsole(to_stderr=as_json) if limited else Console(to_stderr=as_json)
     for notice in notices or []:
         console.notice(notice)
     tokenizer = load_tokenizer(config.model)
     seen = config
-    if rows and (config.data.max_samples is None or config.data.max_samples > rows):
+    if limited:
         seen = config.model_copy(update={"data": config.data.model_copy(update={"max_samples": rows, "cache": False})})
     data = load_data(seen, tokenizer, console)
-    found = describe(data, config, tokenizer, count)
+    found = describe(data, config, tokenizer, count, first=rows if limited and data.train.rows == rows else None)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, indent=1))
+        print(json.dumps(found, indent=1))  # ASCII alone: any stdout can write it
     else:
         show(found, console)
 
 
-def describe(data: "Datasets", config: Config, tokenizer: Any, count: int) -> dict[str, Any]:
-    """All that is shown, as JSON."""
+def describe(
+    data: "Datasets", config: Config, tokenizer: Any, count: int, *, first: int | None = None
+) -> dict[str, Any]:
+    """All that is shown, as JSON. first: the rows that all of it is of; None: of all."""
     train = data.train
     return {
-        "rows": train.rows, "samples": len(train.samples), "tokens": train.num_tokens,
+        "first_rows": first, "rows": train.rows, "samples": len(train.samples), "tokens": train.num_tokens,
         "label_tokens": train.num_label_tokens, "formats": dict(train.formats), "template": config.data.template,
         "labels": config.data.labels, "lengths": lengths_of(train), "packing": packing_of(train, config),
         "problems": list(problems(train, config, tokenizer)),
-        "shown": [shown(train.samples[i], int(train.samples.rows[i]), tokenizer)
+        "shown": [shown(train.samples[i], int(train.samples.rows[i]) + 1, tokenizer)
                   for i in range(min(count, len(train.samples)))],
     }  # fmt: skip
 
 
 def lengths_of(data: EncodedData) -> dict[str, Any]:
-    """histogram: [from, to, samples] of each bin."""
+    """histogram: [from, to, samples] of each bin, both ends within it."""
     lengths = data.lengths
-    counts, edges = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // BINS)
+    edges = np.arange(low, high + width + 1, width)
+    counts, _ = np.histogram(lengths, edges)
     quantiles = np.quantile(lengths, [0, 0.5, 0.9, 1]).round().astype(int).tolist()
-    bins = [[int(np.ceil(a)), int(b), int(n)] for (a, b), n in zip(pairwise(edges), counts, strict=True)]
+    bins = [[int(a), min(int(b) - 1, high), int(n)] for (a, b), n in zip(pairwise(edges), counts, strict=True)]
     return dict(zip(("shortest", "median", "90 %", "longest"), quantiles, strict=True)) | {"histogram": bins}
 
 
@@ -122,7 +140,7 @@ def problems(data: EncodedData, config: Config, tokenizer: Any) -> Iterator[str]
 
 
 def shown(sample: Sample, row: int, tokenizer: Any) -> dict[str, Any]:
-    """row: from 0. pieces: the decoded text in runs of tokens that are taught or are not."""
+    """row: from 1, as in all messages. pieces: the decoded text in runs of tokens that are taught or are not."""
     taught = np.zeros(len(sample.input_ids), dtype=bool)
     taught[sample.label_positions()] = True
     edges = [0, *(np.flatnonzero(np.diff(taught)) + 1).tolist(), len(taught)]
@@ -134,31 +152,45 @@ def shown(sample: Sample, row: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    coloured = console.rich.is_terminal and not console.rich.no_color
+    unicode = console.rich.encoding.lower().startswith("utf")
     for sample in found["shown"]:
-        console.line(f"\n--- row {sample['row']:,}: {sample['tokens']:,} tokens, {sample['label_tokens']:,} taught ---")
-        text = Text()
-        for piece in sample["pieces"]:
-            taught = piece["taught"]
-            opening, closing = TAUGHT if taught and not coloured else ("", "")
-            text.append(f"{opening}{piece['text']}{closing}", style="green" if taught else "dim")
-        console.rich.print(text, soft_wrap=True)
+        show_sample(sample, console, TAUGHT if unicode else TAUGHT_ASCII)
     console.line("")
-    lengths = found["lengths"]
-    quantiles = ", ".join(f"{name} {value:,}" for name, value in lengths.items() if name != "histogram")
-    table = Table("tokens", "samples", "", box=SIMPLE, title=f"length: {quantiles}", title_justify="left")
-    most = max(count for *_, count in lengths["histogram"])
-    for low, high, count in lengths["histogram"]:
-        table.add_row(f"{low:,} .. {high:,}", f"{count:,}", "█" * round(40 * count / most))
-    console.rich.print(table)
+    first = found["first_rows"]
+    if first is not None:
+        console.line(f"of the first {first:,} rows alone (--rows 0: of all):")
+    show_lengths(found["lengths"], console, BAR if unicode else BAR_ASCII)
     packing = found["packing"]
     packed, padded = packing["packed"], packing["padded to max_length"]
     console.line(
         f"packing: {found['samples']:,} samples in {packed['rows']:,} rows of {packed['length']:,}, "
         f"{packed['padding']:.1%} padding (a sample a row: {padded['padding']:.1%}); "
-        f"{packing['steps_per_epoch']:,} steps an epoch" + ("" if packing["packing"] else "; data.packing is off")
+        f"{packing['steps_per_epoch']:,} steps an epoch"
+        + ("" if first is None else f" of these {first:,} rows")
+        + ("" if packing["packing"] else "; data.packing is off")
     )
     for number, problem in enumerate(found["problems"]):
         console.notice(f"{'first problem' if number == 0 else 'problem'}: {problem}")
     if not found["problems"]:
         console.line("no problem found")
+
+
+def show_sample(sample: dict[str, Any], console: Console, marks: tuple[str, str]) -> None:
+    """marks: around what is taught, where there are no colours."""
+    coloured = console.rich.is_terminal and not console.rich.no_color
+    console.line(f"\n--- row {sample['row']:,}: {sample['tokens']:,} tokens, {sample['label_tokens']:,} taught ---")
+    text = Text()
+    for piece in sample["pieces"]:
+        taught = piece["taught"]
+        opening, closing = marks if taught and not coloured else ("", "")
+        text.append(f"{opening}{visible(piece['text'])}{closing}", style="green" if taught else "dim")
+    console.rich.print(text, soft_wrap=True)
+
+
+def show_lengths(lengths: dict[str, Any], console: Console, bar: str) -> None:
+    quantiles = ", ".join(f"{name} {value:,}" for name, value in lengths.items() if name != "histogram")
+    table = Table("tokens", "samples", "", box=SIMPLE, title=f"length: {quantiles}", title_justify="left")
+    most = max(count for *_, count in lengths["histogram"])
+    for low, high, count in lengths["histogram"]:
+        table.add_row(f"{low:,} .. {high:,}", f"{count:,}", bar * round(40 * count / most))
+    console.rich.print(table)

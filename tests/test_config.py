@@ -166,6 +166,22 @@ def test_yaml_traps():
     assert load("train.report_to=none").train.report_to == ()
 
 
+def test_problems_to_decontaminate_against_are_one_or_many(tmp_path):
+    for text, entries in (
+        ("humaneval=a=b.jsonl", ("humaneval=a=b.jsonl",)),
+        ("humaneval=a.jsonl, rows.jsonl,", ("humaneval=a.jsonl", "rows.jsonl")),
+        ("[humaneval=a.jsonl, 'b,c.jsonl']", ("humaneval=a.jsonl", "b,c.jsonl")),
+        ("none", ()),
+        ("", ()),
+    ):
+        assert load(f"data.decontaminate={text}").data.decontaminate == entries
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {decontaminate: mbpp=a.jsonl}\n")
+    assert load(file=file).data.decontaminate == ("mbpp=a.jsonl",)
+    with pytest.raises(ConfigError, match=r"^data.decontaminate: got 5"):
+        load("data.decontaminate=5")
+
+
 def test_layers_are_a_number_or_a_list(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("ib: {layer: [6, 4]}\n")

@@ -16,8 +16,13 @@ def rows(tmp_path):
     return path
 
 
-def preview(*arguments):
-    return CliRunner().invoke(app, ["preview", *map(str, arguments)])
+def preview(*arguments, charset="utf-8"):
+    return CliRunner(charset=charset).invoke(app, ["preview", *map(str, arguments)])
+
+
+def save(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def test_the_bundled_tasks(monkeypatch):
@@ -28,6 +33,7 @@ def test_the_bundled_tasks(monkeypatch):
     assert "⟦def " in result.output
     assert "no problem found" in result.output
     assert "packing: 516 samples in " in result.output
+    assert "first" not in result.output  # all rows were seen
 
 
 def test_what_is_taught_is_marked_and_the_first_problem_said(rows):
@@ -56,7 +62,83 @@ def test_for_machines(rows):
 
 def test_only_the_first_rows_are_tokenised(rows):
     found = json.loads(preview(f"data.path={rows}", "data.val_size=0", "--rows", 1, "--json").stdout)
-    assert found["rows"] == 1
+    assert (found["rows"], found["first_rows"]) == (1, 1)
+    found = json.loads(preview(f"data.path={rows}", "data.val_size=0", "data.max_samples=1", "--json").stdout)
+    assert (found["rows"], found["first_rows"]) == (1, None)
+
+
+def test_figures_of_the_first_rows_alone_say_so_and_name_no_setting_that_nobody_set(tmp_path):
+    path = save(tmp_path / "rows.jsonl", [{"instruction": f"q{k}", "output": f"a{k}"} for k in range(9)])
+    said = preview(f"data.path={path}", "data.val_size=0", "data.packing=false", "--rows", 8).output
+    assert "rows: 8 of 9 rows (--rows)" in said
+    assert "of the first 8 rows alone (--rows 0: of all):" in said
+    assert "steps an epoch of these 8 rows; data.packing is off" in said
+    assert "max_samples" not in said
+    said = preview(f"data.path={path}", "data.val_size=0", "data.max_samples=5", "--rows", 8).output
+    assert "rows: 5 of 9 rows (data.max_samples)" in said
+    assert "first 5 rows" not in said
+    assert "steps an epoch of" not in said
+
+
+@pytest.mark.parametrize("charset", ["ascii", "latin-1"])
+def test_any_encoding_of_the_terminal_will_do(tmp_path, charset):
+    path = save(tmp_path / "rows.jsonl", [{"instruction": "größe 数", "output": "é"}])
+    result = preview(f"data.path={path}", "data.val_size=0", charset=charset)
+    assert (result.exit_code, result.exception) == (0, None)
+    assert "[[" in result.output
+    assert "##" in result.output
+    assert ("größe ?" if charset == "latin-1" else "gr??e ?") in result.output
+    result = preview(f"data.path={path}", "data.val_size=0", "--json", charset=charset)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["shown"][0]["pieces"][0]["text"] == "größe 数\n"
+
+
+def test_what_would_steer_the_terminal_is_spelled_out(tmp_path):
+    given = "a\x1b[31mred\x07\r\x9b1m\u202eb\n\tc"
+    path = save(tmp_path / "rows.jsonl", [{"instruction": given, "output": "x"}])
+    said = preview(f"data.path={path}", "data.val_size=0").output
+    assert "a\\x1b[31mred\\x07\\r\\x9b1m\\u202eb\n" in said
+    assert not set("\x1b\x07\x9b\u202e") & set(said)
+
+
+def test_rows_are_counted_from_1(rows):
+    said = preview(f"data.path={rows}", "data.val_size=0").output
+    assert "--- row 1: " in said
+    assert "--- row 2: " in said
+    assert "--- row 0: " not in said
+
+
+def test_no_length_is_in_two_bins():
+    from ibft.data.encode import EncodedData
+    from ibft.data.samples import Sample
+    from ibft.preview import lengths_of
+
+    def bins(*lengths):
+        return lengths_of(EncodedData.of([Sample([1] * length, 1) for length in lengths]))["histogram"]
+
+    assert bins(5, 5) == [[5, 5, 2]]
+    assert bins(*range(1, 13)) == [[k, k, 1] for k in range(1, 13)]
+    # 15 lengths in bins of 2: the last holds the longest alone
+    assert bins(*range(1, 16)) == [*([k, k + 1, 2] for k in range(1, 15, 2)), [15, 15, 1]]
+    assert bins(55, 63, 64, 150)[:2] == [[55, 62, 1], [63, 70, 2]]  # 96 lengths, 8 a bin
+    assert bins(55, 63, 64, 150)[-1] == [143, 150, 1]
+
+
+def test_a_file_of_rows_is_no_configuration(rows):
+    result = preview(rows)
+    assert result.exit_code == 2
+    assert (
+        f"rows.jsonl: got a .jsonl file, expected the settings as .yaml; a file of rows is named by data.path={rows}"
+        in (result.output)
+    )
+    as_list = rows.with_suffix(".json")
+    as_list.write_text('[{"instruction": "a"}]')
+    assert f"expected sections with keys; a file of rows is named by data.path={as_list}" in preview(as_list).output
+    as_list.write_text('{"instruction": "a"}\n{"instruction": "b"}\n')
+    assert f"a file of rows is named by data.path={as_list}" in preview(as_list).output
+    settings = rows.with_name("settings.json")
+    settings.write_text(json.dumps({"data": {"path": str(rows)}}))
+    assert preview(settings).exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,8 @@ def test_each_logged_number_has_a_chart(tmp_path):
     assert labels == {
         "Loss": "a from 2.5 to 1.25", "Cross-entropy (CE)": "a from 1 to 1", "Held-out CE": "a from 0.8125 to 0.9375",
         "KL": "a from 64 to 8", "Cross-entropy from z (CE_z)": "a from 3 to 3",
-        "KL per latent dimension": "a from 4 to 0.5",
+        "KL per latent dimension": "a from 4 to 0.5", "KL of the middle dimension": "a from 4 to 4",
+        "KL of the fullest dimension": "a from 9 to 9", "KL of the emptiest dimension": "a from 0.5 to 0.5",
         "Latent dimensions in use": "a from 87.5 % to 25 %", "|mu|": "a from 0.5 to 0.5",
         "Variance of z": "a from 0.75 to 0.75", "Gradient norm of LoRA": "a from 0.4 to 0.4",
         "Gradient norm of the bottleneck": "a from 0.02 to 0.02", "Learning rate": "a from 0.001 to 0.001",
@@ -415,7 +416,7 @@ def test_nothing_of_a_file_becomes_markup(tmp_path):
         "y", "cx", "cy", "r", "text-anchor", "aria-label", "aria-hidden",
     }  # fmt: skip
     assert page.text.count(EVIL) > 30
-    assert len([tag for tag, _ in page.tags if tag == "b"]) == 14  # of charts, none of a name
+    assert len([tag for tag, _ in page.tags if tag == "b"]) == 17  # of charts, none of a name
 
 
 def test_the_page_names_no_other_place(tmp_path):

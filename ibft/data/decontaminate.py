@@ -2,7 +2,7 @@
 
 Of a suite's problem two things are looked for: what a model is asked (task, module header, MBPP's asserts) and the
 reference solution; hidden tests are not. The statements of VerilogEval v1 are in a file of their own
-(VerilogDescription_*.jsonl), which can be given as rows. How texts are compared: `ibft.data.overlap`.
+(VerilogDescription_*.jsonl), which can be given as rows. How texts and rows are compared: `ibft.data.overlap`.
 
 The file of `--out` can be given to a training run as data.drop_ids. It is one JSON object:
 
@@ -15,8 +15,9 @@ The file of `--out` can be given to a training run as data.drop_ids. It is one J
 
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ibft.config import BUNDLED
+from ibft.data.formats import Tokens
 from ibft.data.ids import hash_rows
 from ibft.data.overlap import (
     LEAST,
@@ -36,9 +38,11 @@ from ibft.data.overlap import (
     build_index,
     find_duplicates,
     find_overlaps,
+    read_content,
     strings_of,
 )
 from ibft.data.sources import Row
+from ibft.data.visible import replace_unknown, visible
 from ibft.errors import ConfigError, DataError
 from ibft.evaluation.suites import SUITES, Problem, Suite, load_problems, suite_of
 
@@ -62,12 +66,14 @@ class Against:
 
 @dataclass(frozen=True)
 class Found:
-    """sources: of the texts of each entry of --against, by entry."""
+    """sources: of the texts of each entry of --against, by entry. tokenised: rows of token ids, which have no words to
+    compare with those."""
 
     index: Index
     sources: dict[str, set[Source]]
     overlaps: list[Overlap]
     duplicates: list[list[int]]
+    tokenised: int = 0
 
     @property
     def contaminated(self) -> set[int]:
@@ -111,10 +117,16 @@ def run_decontaminate(
     entries = read_against(against, OPTION)
     check_n(n)
     rows = load(data, split)
+    replace_unknown(sys.stdout)
     console = Console()
     console.line(f"decontaminate: {len(rows):,} rows of {data}, rows count from 0")
     with console.progress("rows", len(rows)) as advance:
         found = search(rows, entries, n, deduplicate=True, advance=advance)
+    if found.tokenised:
+        console.notice(
+            f"{found.tokenised:,} of {len(rows):,} rows are token ids, which cannot be compared with problems: give "
+            "the text that they were made of"
+        )
     show(found, n, console)
     drop = found.contaminated | found.surplus
     console.line(
@@ -132,19 +144,27 @@ def run_decontaminate(
 
 
 def rows_to_drop(
-    rows: Sequence[Row], against: Sequence[str], n: int = N, *, deduplicate: bool = True, option: str = OPTION
+    rows: Sequence[Row],
+    against: Sequence[str],
+    n: int = N,
+    *,
+    deduplicate: bool = True,
+    option: str = OPTION,
+    fields: Mapping[str, str] | None = None,
+    whole: bool = False,
 ) -> Drops:
     """Rows that a training run leaves out.
 
     Args:
         against: as of `run_decontaminate`; empty: no row is contaminated. deduplicate: False: none is a duplicate.
         option: names `against` in messages.
+        fields, whole: as of `find_duplicates`.
 
     Raises:
         ConfigError: an entry of `against` is malformed; n is out of range. DataError, SetupError: one cannot be read.
     """
     check_n(n)
-    found = search(rows, read_against(against, option), n, deduplicate=deduplicate)
+    found = search(rows, read_against(against, option), n, deduplicate=deduplicate, fields=fields, whole=whole)
     said = []
     if against:
         said.append(
@@ -153,6 +173,8 @@ def rows_to_drop(
     if deduplicate:
         said.append(f"{len(found.surplus):,} are equal to an earlier one")
     summary = f"of {len(rows):,} rows {' and '.join(said) or 'none is looked at'}"
+    if found.tokenised:
+        summary += f"; {found.tokenised:,} are token ids, which cannot be compared with problems"
     return Drops(found.contaminated, found.surplus, summary)
 
 
@@ -238,9 +260,11 @@ def search(
     n: int,
     *,
     deduplicate: bool,
+    fields: Mapping[str, str] | None = None,
+    whole: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> Found:
-    """advance: called with the number of rows done."""
+    """fields, whole: as of `find_duplicates`. advance: called with the number of rows done."""
 
     def row_texts() -> Iterator[str]:
         for number, row in enumerate(rows):
@@ -252,7 +276,9 @@ def search(
     index = build_index(chain.from_iterable(texts.values()), n)
     sources = {entry: {source for source, _ in own} for entry, own in texts.items()}
     overlaps = find_overlaps(row_texts(), index) if against else []
-    return Found(index, sources, overlaps, find_duplicates(rows) if deduplicate else [])
+    duplicates = find_duplicates(rows, fields, whole=whole) if deduplicate else []
+    tokenised = sum(isinstance(read_content(row, fields), Tokens) for row in rows) if against else 0
+    return Found(index, sources, overlaps, duplicates, tokenised)
 
 
 # --- what was found -------------------------------------------------------------------------------
@@ -325,7 +351,7 @@ def show_examples(overlaps: Sequence[Overlap], label: str, console: "Console") -
     if first:
         console.line(f"{label}, for example:")
     for overlap in list(first.values())[:SHOWN]:
-        line = f"  row {overlap.row}, {overlap.source.problem}, {overlap.source.where}: {overlap.words}"
+        line = visible(f"  row {overlap.row}, {overlap.source.problem}, {overlap.source.where}: {overlap.words}")
         width = console.rich.width
         console.line(line if len(line) <= width else line[: width - 1] + "…")
 

@@ -1,4 +1,4 @@
-"""Which rows of a data set share a run of words with evaluation problems, and which are equal to each other.
+"""Which rows of a data set share a run of words with evaluation problems, and which say the same as each other.
 
 Words are the lower-cased runs of letters, digits and underscores. All else is left out, operators too, as in GPT-3's
 analysis (Brown et al. 2020, arXiv 2005.14165, appendix C): a copy that was formatted anew, quoted otherwise or put on
@@ -17,7 +17,10 @@ the loop that tests for a prime, twice a problem's own task (Heron's formula, th
 An n-gram in more than MOST problems of one suite is what its problems have in common (a module's header, "you are
 given a list of"), and is not looked for. Suites are counted apart, since several hold the same problems.
 
-Not found is what was reworded: renamed variables, a translated task. Text without spaces is one word.
+Not found is what was reworded: renamed variables, a translated task. Text without spaces is one word. Rows of token
+ids have no words.
+
+Equal are rows of which the same is read (`ibft.data.formats`), under whatever id; of no known format, whole rows.
 """
 
 import hashlib
@@ -28,7 +31,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ibft.data.formats import Content, read_row
 from ibft.data.sources import Row
+from ibft.errors import DataError
 
 N, LEAST, MOST = 13, 8, 3
 
@@ -127,13 +132,29 @@ def find_overlaps(row_texts: Iterable[str], index: Index) -> list[Overlap]:
     return overlaps
 
 
-def find_duplicates(rows: Iterable[Row]) -> list[list[int]]:
-    """Numbers of rows that are equal, whatever the order of their keys: groups of two or more, ascending, by the first
-    of each."""
+def read_content(row: Row, fields: Mapping[str, str] | None = None) -> Content | None:
+    """What the row says, whatever else it holds; None: it is of no known format. fields: as of `read_row`."""
+    try:
+        return read_row(row, fields=fields)[0]
+    except DataError:
+        return None
+
+
+def find_duplicates(
+    rows: Iterable[Row], fields: Mapping[str, str] | None = None, *, whole: bool = False
+) -> list[list[int]]:
+    """Numbers of rows that say the same: groups of two or more, ascending, by the first of each.
+
+    Args:
+        fields: as of `ibft.data.formats.read_row`.
+        whole: compare whole rows, whatever the order of their keys, as is done with those of no known format.
+    """
     groups: dict[bytes, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
-        content = json.dumps(row, sort_keys=True, default=str).encode()
-        groups[hashlib.sha256(content).digest()].append(number)
+        content = None if whole else read_content(row, fields)
+        compared = [type(content).__name__, row if content is None else vars(content)]
+        text = json.dumps(compared, sort_keys=True, default=str)
+        groups[hashlib.sha256(text.encode()).digest()].append(number)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -88,7 +88,6 @@ def encode(
 ) -> tuple[EncodedData, dict[str, Any]]:
     """As `prepare`, without the cache; with the data what the cache keeps beside it: "notes" and "sha256"."""
     rows = load_rows(path, split=settings.split)
-    given = len(rows)
     notes: list[str] = []
     numbers = None
     if chosen:
@@ -104,8 +103,6 @@ def encode(
             )  # fmt: skip
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    if len(rows) < given:
-        notes.insert(0, f"{len(rows):,} of {given:,} rows ({', '.join(chosen_by(settings))})")
     return data, {"notes": notes, "sha256": digest}
 
 
@@ -119,19 +116,20 @@ def choose(rows: Sequence[Row], settings: DataConfig) -> tuple[list[int], list[s
 
         drops = rows_to_drop(
             [rows[number] for number in left], settings.decontaminate, deduplicate=settings.deduplicate,
-            option="data.decontaminate",
+            option="data.decontaminate", fields=settings.fields.given(),
+            whole=settings.template not in ("auto", "released", "alpaca", "chat"),  # a file may read any key
         )  # fmt: skip
         gone = drops.contaminated | drops.duplicates
         if len(gone) == len(left):
             raise DataError(f"data.decontaminate and data.deduplicate leave no row of {settings.path}")
         left = [number for place, number in enumerate(left) if place not in gone]
         notes.append(drops.summary)
-    return left[: settings.max_samples], notes
-
-
-def chosen_by(settings: DataConfig) -> list[str]:
-    names = ("keep_ids", "drop_ids", "decontaminate", "deduplicate", "max_samples")
-    return [f"data.{name}" for name in names if getattr(settings, name)]
+    kept = left[: settings.max_samples]
+    if len(kept) < len(rows):
+        names = [name for name in ("keep_ids", "drop_ids", "decontaminate", "deduplicate") if getattr(settings, name)]
+        by = [f"data.{name}" for name in [*names, *(["max_samples"] if len(kept) < len(left) else [])]]
+        notes.insert(0, f"{len(kept):,} of {len(rows):,} rows ({', '.join(by)})")
+    return kept, notes
 
 
 def key_for(path: str, settings: DataConfig, tokenizer: Any, *, chosen: bool) -> str:

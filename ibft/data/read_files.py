@@ -26,6 +26,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".json", ".jsonl", ".ndjson", *DELIMITERS, ".parquet", ".arrow")
 ACCEPTED = f"{', '.join(SUFFIXES)}, each also with .gz"
 
+ONE_A_LINE = "one object a line, or all of them in one [list]"  # what JSON may be
 BOM = b"\xef\xbb\xbf"
 ARROW_FILE = b"ARROW1"  # how Arrow's file format begins; its stream has no mark
 MAX_FIELD = 2**31 - 1  # characters of a CSV field: csv's own limit, 131072, is too small for code; a C long holds this
@@ -119,19 +120,19 @@ def _parse_lines(file: Path, stream: io.BufferedIOBase) -> list[Row]:
     for number, line in enumerate(_lines(file, stream), start=1):
         if not line.strip():
             continue
-        row = _parse_json(file, line.removesuffix("\n"), at_line=number)
+        row = _parse_json(file, line.removesuffix("\n"), at_line=number, remedy=f"; expected {ONE_A_LINE}")
         if not isinstance(row, dict):
             raise DataError(f"{file}:{number}: the row is {_name(row)}, expected an object")
         rows.append(row)
     return rows
 
 
-def _parse_json(file: Path, text: str, at_line: int) -> Any:
+def _parse_json(file: Path, text: str, at_line: int, remedy: str = "") -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = at_line + error.lineno - 1
-        raise DataError(f"{file}:{line}: malformed JSON: {error.msg} (column {error.colno})") from error
+        raise DataError(f"{file}:{line}: malformed JSON: {error.msg} (column {error.colno}){remedy}") from error
     except RecursionError as error:
         raise DataError(f"{file}:{at_line}: malformed JSON: nested too deeply") from error
     except ValueError as error:  # a whole number of more digits than Python reads

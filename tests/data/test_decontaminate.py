@@ -253,6 +253,42 @@ def test_a_training_run_can_drop_either_kind(suite):
     assert equal.summary == "of 7 rows 3 are equal to an earlier one"
 
 
+def test_rows_of_token_ids_are_said_not_to_be_compared(suite, tmp_path, capsys):
+    rows = [{"input_ids": [5, 6], "id": 1}, {"input_ids": [5, 6], "id": 2}, ROWS[1]]
+    drops = rows_to_drop(rows, [suite])
+    assert (drops.contaminated, drops.duplicates) == ({2}, {1})
+    assert drops.summary.endswith("; 2 are token ids, which cannot be compared with problems")
+    assert "token ids" not in rows_to_drop(rows, []).summary
+    assert "token ids" not in rows_to_drop(ROWS, [suite]).summary
+    path = save(tmp_path / "ids.jsonl", rows)
+    run_decontaminate(path, [suite])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: 2 of 3 rows are token ids, which cannot be compared with problems: give the text" in said
+    run_decontaminate(path)
+    assert "token ids" not in capsys.readouterr().out
+
+
+def test_a_pair_under_another_id_is_dropped(tmp_path, capsys):
+    rows = [CLEAN | {"id": 1}, CLEAN | {"id": 2}, {"q": "x", "a": "y", "id": 3}, {"q": "x", "a": "y", "id": 4}]
+    assert rows_to_drop(rows, []).duplicates == {1}
+    fields = {"instruction": "q", "output": "a"}
+    assert rows_to_drop(rows[2:], [], fields=fields).duplicates == {1}
+    assert rows_to_drop(rows, [], whole=True).duplicates == set()
+    run_decontaminate(save(tmp_path / "rows.jsonl", rows))
+    assert "to drop: 1 of 4 rows" in capsys.readouterr().out
+
+
+def test_the_terminal_is_neither_steered_nor_too_poor(data, tmp_path):
+    from typer.testing import CliRunner
+
+    from ibft.cli import app
+
+    problems = save(tmp_path / "p.jsonl", [{"task_id": "a\x1b[31m数", "q": TASK}])
+    result = CliRunner(charset="ascii").invoke(app, ["decontaminate", "--data", data, "--against", problems])
+    assert (result.exit_code, result.exception) == (0, None)
+    assert "  row 1, a\\x1b[31m?, text: given a list" in result.output
+
+
 def test_more_words_find_less(suite):
     assert rows_to_drop(ROWS, [suite], 12).contaminated == {1, 2, 4, 6}
     assert rows_to_drop(ROWS, [suite], 20).contaminated == {2}  # the solution has 15 words: whole

@@ -1,11 +1,14 @@
 """Files of row numbers, and the rows that they leave a training run."""
 
+import hashlib
 import json
+import time
+import tracemalloc
 
 import pytest
 
 from ibft.config import Config, DataConfig
-from ibft.data.ids import choose_rows, hash_rows
+from ibft.data.ids import choose_rows, hash_rows, read_ids
 from ibft.errors import DataError
 
 ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(6)]
@@ -46,6 +49,30 @@ def test_malformed(tmp_path, content, said):
     (tmp_path / "ids").write_text(content)
     with pytest.raises(DataError, match=said):
         choose_rows(ROWS, "d", keep=str(tmp_path / "ids"), drop=None)
+
+
+def test_an_id_that_is_there_twice_is_found_at_once(tmp_path):
+    file = save(tmp_path / "ids", [*range(50_000), 49_999])
+    start = time.process_time()
+    with pytest.raises(DataError, match="has id 49999 twice"):
+        read_ids("data.keep_ids", file, 50_000, "d")
+    assert time.process_time() - start < 5  # a look through all that came before takes some 20
+
+
+@pytest.mark.parametrize("rows", [[], ROWS[:1], ROWS, [{"b": {"d": 1, "c": None}, "a": "é\ud800"}, {"t": pytest}]])
+def test_the_hash_is_that_of_the_json_array_of_all_rows(rows):
+    whole = json.dumps(rows, sort_keys=True, default=str)
+    assert hash_rows(rows) == hashlib.sha256(whole.encode()).hexdigest()
+
+
+def test_the_rows_are_hashed_one_by_one():
+    rows = [{"text": "x" * 10_000}] * 500
+    tracemalloc.start()
+    try:
+        hash_rows(rows)
+        assert tracemalloc.get_traced_memory()[1] < 500_000  # of 5,000,000
+    finally:
+        tracemalloc.stop()
 
 
 def test_nothing_left(tmp_path):

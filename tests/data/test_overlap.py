@@ -138,6 +138,45 @@ def test_equal_rows_are_grouped_whatever_the_order_of_their_keys():
     assert find_duplicates(rows[:2]) == []
 
 
+def chat(*turns, **more):
+    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
+
+
+def test_rows_are_equal_that_say_the_same_whatever_else_they_hold():
+    talk = (("user", "q"), ("assistant", "a"))
+    sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    rows = [
+        {"id": 0, "instruction": "q", "output": "a"},
+        {"id": 1, "instruction": "q", "input": "", "output": "a"},
+        {"id": 2, "instruction": "q", "output": "b"},
+        {"id": 3, "prompt": "q", "completion": "a", "source": "s"},
+        {"id": 4, "instruction": "q", "input": "more", "output": "a"},
+        chat(*talk, id=5),
+        {"id": 6, "conversations": sharegpt},
+        chat(*talk, ("user", "r"), ("assistant", "a"), id=7),
+        {"id": 8, "text": "q"},
+        {"id": 9, "text": "q"},
+        {"id": 10, "input_ids": [1, 2], "labels": [-100, 2]},
+        {"id": 11, "input_ids": [1, 2], "labels": [-100, 2]},
+        {"id": 12, "input_ids": [1, 2]},
+        {"id": 13, "instruction": "q", "output": None},
+        {"id": 14, "instruction": "q", "output": None},
+    ]
+    assert find_duplicates(rows) == [[0, 1, 3], [5, 6], [8, 9], [10, 11]]
+    assert find_duplicates(rows, whole=True) == []
+    assert find_duplicates([rows[0], rows[2], dict(reversed(rows[0].items()))], whole=True) == [[0, 2]]
+
+
+def test_rows_are_compared_by_the_fields_that_are_named():
+    rows = [
+        {"text": "head", "q": "1", "a": "2", "id": 0},
+        {"text": "head", "q": "1", "a": "3", "id": 1},
+        {"text": "tail", "q": "1", "a": "2", "id": 2},
+    ]
+    assert find_duplicates(rows) == [[0, 1]]
+    assert find_duplicates(rows, {"instruction": "q", "output": "a"}) == [[0, 2]]
+
+
 def test_all_text_of_a_row_is_read_however_deep():
     row = {"messages": [{"role": "user", "content": "hi", "n": 3}, {"parts": [{"text": "deep"}]}], "x": None, "y": "z"}
     assert list(strings_of(row)) == ["user", "hi", "deep", "z"]

@@ -103,7 +103,7 @@ def test_a_sample_is_shown_with_the_number_of_its_row(rows):
     with rows.open("a") as file:
         file.write('{"instruction": "a", "output": ""}\n{"instruction": "a", "output": "z"}\n')
     shown = preview(rows, "data.val_size=0", "-n", "9")["shown"]
-    assert [sample["row"] for sample in shown] == [0, 1, 2, 3, 4, 6]
+    assert [sample["row"] for sample in shown] == [1, 2, 3, 4, 5, 7]
 
 
 def test_all_rows_are_tokenised_where_none_are_too_many(rows):

@@ -228,6 +228,14 @@ def test_a_bad_file_is_one_clear_line(tmp_path, name, text, message):
     assert message in fault(write(tmp_path / name, text))
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("content", [{"data": ROWS}, ROWS[0]], ids=["wrapped", "one object"])
+def test_an_object_over_several_lines_is_told_what_to_be(tmp_path, name, content):
+    said = fault(write(tmp_path / name, json.dumps(content, indent=2)))
+    assert f"{name}:1: malformed JSON: Expecting property name" in said
+    assert said.endswith("; expected one object a line, or all of them in one [list]")
+
+
 def test_damaged_offsets_of_arrow_are_refused(tmp_path):
     assert "a.arrow: not a readable Arrow file" in fault(write(tmp_path / "a.arrow", damaged_arrow()))
 

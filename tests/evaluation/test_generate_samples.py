@@ -208,7 +208,7 @@ def test_prompts_beyond_the_models_positions_are_told(folder, problems, tmp_path
         ({"top_p": float("nan")}, "--top-p: got nan"),
         ({"quantization": "int8"}, "--quantization: got int8, expected none or nf4"),
         ({"device": "tpu"}, "--device: got tpu, expected auto or cpu or cuda"),
-        ({"prompt_style": "alpaca"}, "--prompt-style: got alpaca"),
+        ({"prompt_style": "phi"}, "--prompt-style: got phi"),
         ({"prompt_style": "origen"}, "--prompt-style=origen asks for Verilog"),
         ({"descriptions": "d.jsonl"}, "--descriptions: only verilogeval-v1"),
         ({"base_url": "localhost", "device": "auto"}, "--base-url: got localhost"),
