@@ -468,11 +468,10 @@ def count_steps(data: EncodedData, config: Config, processes: int = 1) -> int:
     )
 
 
-def count_all_steps(data: EncodedData, config: Config, processes: int = 1) -> int:
+def count_all_steps(config: Config, steps_per_epoch: int) -> int:
     """Optimizer steps of a run."""
-    if config.train.max_steps != -1:
-        return config.train.max_steps
-    return math.ceil(config.train.num_train_epochs * count_steps(data, config, processes))
+    whole = math.ceil(config.train.num_train_epochs * steps_per_epoch)
+    return whole if config.train.max_steps == -1 else config.train.max_steps
 
 
 class Window:

@@ -268,7 +268,7 @@ def build_trainer(
     """
     from ibft.context import BatchContext
     from ibft.fused import Fused, fuse
-    from ibft.loop import Trainer, count_all_steps
+    from ibft.loop import Trainer, count_all_steps, count_steps
     from ibft.model import add_lora, load_base, lora_parameters, pad_id_of
     from ibft.objective import IBObjective
     from ibft.offload import offload_embeddings
@@ -304,7 +304,7 @@ def build_trainer(
     optimizer, notices = make_optimizer(
         groups, config.train, bottleneck_lr=config.ib.learning_rate, device=accelerator.device
     )
-    total_steps = count_all_steps(data.train, config, accelerator.num_processes)
+    total_steps = count_all_steps(config, count_steps(data.train, config, accelerator.num_processes))
     scheduler = make_scheduler(optimizer, config.train, total_steps)
     trainer = Trainer(
         config=config,
@@ -356,9 +356,8 @@ def describe_steps(config: Config, data: "EncodedData") -> str:
     from ibft.data.order import pack
     from ibft.loop import count_all_steps, count_steps
 
-    together, length = processes.count(), config.data.max_length
-    epoch, whole = count_steps(data, config, together), count_all_steps(data, config, together)
-    steps = f"{epoch:,} steps an epoch, {whole:,} in all"
+    epoch, length = count_steps(data, config, processes.count()), config.data.max_length
+    steps = f"{epoch:,} steps an epoch, {count_all_steps(config, epoch):,} in all"
     if not config.data.packing:
         return f"steps: a sample a row; {steps}"
     rows = len(pack(data.lengths, length))

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from typer.testing import CliRunner
 
 from ibft import checkpoint
 from ibft.cli import app
+from ibft.console import Console
 from ibft.loop import Trainer
+from ibft.run import Progress
 
 SETTINGS = [
     "data.max_samples=40", "data.max_length=128", "train.max_steps=4", "train.logging_steps=1",
@@ -171,3 +175,27 @@ def test_a_quota_or_a_disk_that_turns_read_only_leaves_the_last_checkpoint(tmp_p
     assert " ".join(result.stderr.split()) == f"error: run folder {out}: {os.strerror(fault)}"
     assert checkpoint.latest(out / "checkpoints") == (out / "checkpoints" / "step-2", [])
     assert train(out, "--resume", "auto").exit_code == 0
+
+
+def test_a_second_signal_stops_at_once():
+    trainer = SimpleNamespace(signalled=0)
+    Trainer.interrupt(trainer, signal.SIGTERM)
+    assert trainer.signalled == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+        Trainer.interrupt(trainer, signal.SIGINT)
+
+
+def test_trackers_that_fail_are_said_once_and_asked_no_more(capsys):
+    asked = []
+
+    def log(values, step):
+        asked.append(step)
+        raise ConnectionError("tracker.example: no route\nand more")
+
+    progress = Progress(run={})
+    for step in (1, 2):
+        progress.track(SimpleNamespace(log=log), {"step": step, "loss": 1.0}, Console())
+    assert asked == [1]
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("note:") == 1
+    assert "failed and get no more rows: tracker.example: no route" in said

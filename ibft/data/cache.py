@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def turn(key: str, waiting: Callable[[], None]) -> Iterator[None]:
             pass
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # at worst it stays, and locks as well
+            path.unlink(missing_ok=True)
         os.close(file)
 
 

@@ -58,11 +58,6 @@ def hash_rows(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def choose_rows(rows: Sequence[Row], data: str, *, keep: str | None, drop: str | None) -> list[Row]:
-    """The rows of `choose_numbers`."""
-    return [rows[number] for number in choose_numbers(rows, data, keep=keep, drop=drop)]
-
-
 def choose_numbers(rows: Sequence[Row], data: str, *, keep: str | None, drop: str | None) -> list[int]:
     """Numbers, from 0, of the rows that a training run is left with, ascending. keep, drop: files of ids.
 

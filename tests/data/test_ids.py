@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from ibft.config import Config, DataConfig
-from ibft.data.ids import choose_rows, hash_rows, read_ids
+from ibft.data.ids import choose_numbers, hash_rows, read_ids
 from ibft.errors import DataError
 
 ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(6)]
@@ -21,17 +21,17 @@ def save(path, ids, **more) -> str:
 
 def test_kept_and_dropped(tmp_path):
     keep, drop = save(tmp_path / "keep", [4, 1, 2]), save(tmp_path / "drop", [2, 0])
-    assert choose_rows(ROWS, "d", keep=None, drop=None) == ROWS
-    assert choose_rows(ROWS, "d", keep=keep, drop=None) == [ROWS[1], ROWS[2], ROWS[4]]
-    assert choose_rows(ROWS, "d", keep=None, drop=drop) == [ROWS[1], *ROWS[3:]]
-    assert choose_rows(ROWS, "d", keep=keep, drop=drop) == [ROWS[1], ROWS[4]]
+    assert choose_numbers(ROWS, "d", keep=None, drop=None) == list(range(len(ROWS)))
+    assert choose_numbers(ROWS, "d", keep=keep, drop=None) == [1, 2, 4]
+    assert choose_numbers(ROWS, "d", keep=None, drop=drop) == [1, *range(3, len(ROWS))]
+    assert choose_numbers(ROWS, "d", keep=keep, drop=drop) == [1, 4]
 
 
 def test_made_for_other_rows(tmp_path):
     right = save(tmp_path / "right", [1], data_sha256=hash_rows(ROWS))
-    assert choose_rows(ROWS, "d", keep=right, drop=None) == [ROWS[1]]
+    assert choose_numbers(ROWS, "d", keep=right, drop=None) == [1]
     with pytest.raises(DataError, match=r"data.drop_ids: .* was made for other rows than those of d"):
-        choose_rows(ROWS[1:], "d", keep=None, drop=right)
+        choose_numbers(ROWS[1:], "d", keep=None, drop=right)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_made_for_other_rows(tmp_path):
 def test_malformed(tmp_path, content, said):
     (tmp_path / "ids").write_text(content)
     with pytest.raises(DataError, match=said):
-        choose_rows(ROWS, "d", keep=str(tmp_path / "ids"), drop=None)
+        choose_numbers(ROWS, "d", keep=str(tmp_path / "ids"), drop=None)
 
 
 def test_an_id_that_is_there_twice_is_found_at_once(tmp_path):
@@ -78,9 +78,9 @@ def test_the_rows_are_hashed_one_by_one():
 def test_nothing_left(tmp_path):
     drop = save(tmp_path / "drop", [*range(6)])
     with pytest.raises(DataError, match="leave no row of d"):
-        choose_rows(ROWS, "d", keep=None, drop=drop)
+        choose_numbers(ROWS, "d", keep=None, drop=drop)
     with pytest.raises(DataError, match=r"data.keep_ids: .*: No such file"):
-        choose_rows(ROWS, "d", keep=str(tmp_path / "none"), drop=None)
+        choose_numbers(ROWS, "d", keep=str(tmp_path / "none"), drop=None)
 
 
 def test_a_run_takes_them_before_max_samples(tmp_path):
