@@ -26,7 +26,7 @@ from torch import nn
 from ibft.attention import packed_attention
 from ibft.bottleneck import autocast_dtype
 from ibft.context import BatchContext
-from ibft.nf4 import NF4Linear
+from ibft.nf4 import Linear4bitWeight, NF4Linear, is_linear4bit, why_not_nf4
 from ibft.noise import SampleDropout
 from ibft.tap import decoder_of
 from ibft_kernels import (
@@ -54,7 +54,7 @@ ADAPTER = "default"
 
 def why_not_linear(module: nn.Module) -> str | None:
     """Why the fast path cannot stand in for this linear layer; None if it can."""
-    from peft.tuners.lora import Linear as LoraLayer
+    from peft.tuners.lora import LoraLayer
 
     base = module
     if isinstance(module, LoraLayer):
@@ -70,6 +70,8 @@ def why_not_linear(module: nn.Module) -> str | None:
             return "a bias in LoRA's B"
         if not isinstance(module.lora_dropout[ADAPTER], SampleDropout | nn.Identity):
             return f"{type(module.lora_dropout[ADAPTER]).__name__} in place of SampleDropout"
+    if is_linear4bit(base):
+        return why_not_nf4(base)
     if type(base) not in (nn.Linear, NF4Linear):
         return f"a {type(base).__module__}.{type(base).__name__}"
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
@@ -81,7 +83,7 @@ def projection_of(module: nn.Module) -> LoraProjection:
     """The frozen layer and its adapter, as the kernels read them."""
     lora: Any = module
     base: Any = lora.get_base_layer() if hasattr(lora, "get_base_layer") else lora
-    weight = base if isinstance(base, NF4Linear) else base.weight
+    weight = base if isinstance(base, NF4Linear) else Linear4bitWeight(base) if is_linear4bit(base) else base.weight
     if base is lora:
         return LoraProjection(weight, base.bias)
     a, b, scale = lora.lora_A[ADAPTER], lora.lora_B[ADAPTER], lora.scaling[ADAPTER]

@@ -10,6 +10,7 @@ still dequantises; on a CUDA device `ibft_kernels.nf4_dequantize` does, to the s
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -138,6 +139,48 @@ class NF4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
+
+
+def is_linear4bit(module: nn.Module) -> bool:
+    """Whether it is bitsandbytes' own 4-bit layer, which is there only if somebody has imported that library."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
+
+
+def why_not_nf4(layer: Any) -> str | None:
+    """Why an `NF4Linear` cannot hold what this `bitsandbytes.nn.Linear4bit` holds; None if it can."""
+    state = layer.weight.quant_state
+    if state is None:
+        return "4-bit weights that are not quantised yet: move the model to its device first"
+    if state.quant_type != "nf4" or not state.nested:
+        double = "with" if state.nested else "without"
+        return f"{state.quant_type} {double} double quantisation, expected nf4 with bnb_4bit_use_double_quant"
+    if layer.weight.dtype != torch.uint8:
+        return f"4-bit weights stored as {layer.weight.dtype}, expected bnb_4bit_quant_storage torch.uint8"
+    return None
+
+
+class Linear4bitWeight:
+    """The weight [out, in] of a `bitsandbytes.nn.Linear4bit` that stays in its model, as the fused layers read it.
+
+    Copies nothing. Merging and moving give the layer other bytes, so its present ones are asked for at each use.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self._of: Any = None
+        self._nf4: NF4Linear
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.out_features, self.layer.in_features
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """As `NF4Linear.dequantize`."""
+        weight = self.layer.weight
+        if self._of is not weight or self._nf4.weight.data_ptr() != weight.data_ptr():
+            self._of, self._nf4 = weight, NF4Linear(weight.data, weight.quant_state, None)
+        return self._nf4.dequantize(dtype)
 
 
 def adopt_linear4bit(model: nn.Module) -> int:
