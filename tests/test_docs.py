@@ -239,7 +239,6 @@ def test_what_is_not_run_is_on_the_page():
 # --- Python ---------------------------------------------------------------------------------------
 
 READ_ONLY = {  # first line of an indented snippet -> why nothing runs it
-    "from ibft.config import LoraConfig, ModelConfig": "a 7B in 4 bits on a CUDA device",
     "from ibft.integrations import IBFTConfig, IBFTSFTTrainer": "TRL is no dependency",
 }
 

@@ -1,5 +1,6 @@
 """IBFTTrainer trains what our loop trains, goes on from the Trainer's checkpoints, and refuses what it cannot do."""
 
+import re
 import subprocess
 import sys
 import types
@@ -638,10 +639,12 @@ def test_the_trainer_for_trl_needs_trl_and_is_the_mixin_over_its_own(folder, tmp
     monkeypatch.delitem(sys.modules, "ibft.integrations.sft")
 
 
-def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    import re
+def snippets():
+    return re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
 
-    (code,) = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    code, _ = snippets()
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(code, str(DOC), "exec"), names)
@@ -649,3 +652,13 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert rows[-1]["ce"] < rows[0]["ce"]
     assert (tmp_path / "adapter" / "ib_bottleneck.safetensors").exists()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_pages_model_in_four_bits_is_fused(folder, tmp_path):
+    """With a folder for the model's name."""
+    names: dict = {}
+    exec(compile(snippets()[1].replace("Qwen/Qwen2.5-Coder-7B", str(folder)), str(DOC), "exec"), names)
+    trainer = hf_trainer(folder, tmp_path, model=names["model"], bf16=True, max_steps=1)
+    trainer.train()
+    assert trainer.fused.left_alone == {}
+    assert losses(trainer)[0][2] > 0
