@@ -45,7 +45,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            alone = ("tests/evaluation/", "tests/test_cli.py", "tests/test_docs.py", "tests/test_estimate.py")
+            alone = ("tests/evaluation/", "tests/test_cli.py", "tests/test_page_commands.py", "tests/test_estimate.py")
             return "sandboxes" if file.startswith(alone) else file
 
     config.option.loadscopereorder = False  # or files of one test come last, which take the longest

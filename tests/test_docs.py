@@ -1,5 +1,5 @@
 """The documentation holds: links lead somewhere, commands parse, messages are those of the source, numbers those of the
-committed files; and the quick start runs, command by command.
+committed files.
 
 docs/cli.md and docs/config.md are made from the program, and have tests of their own.
 """
@@ -8,7 +8,6 @@ import ast
 import importlib.util
 import json
 import re
-import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,27 +15,18 @@ from typing import Any
 
 import pytest
 import yaml
+from pages import DOCS, GENERATED, PAGES, ROOT, blocks, commands, own, text_of
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from benchmarks.report import hardware
 from ibft import errors
 from ibft.cli import app
 from ibft.load_config import ALIASES, known_keys, load_config, preset_names
 from ibft.sweep.grid import read_grid
-from ibft.tiny import TASKS_DIR
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-GENERATED = {DOCS / "cli.md", DOCS / "config.md"}
-PAGES = [ROOT / "README.md", *sorted(set(DOCS.glob("*.md")) - GENERATED)]
 LINKED = [*PAGES, *sorted(GENERATED), *sorted(DOCS.glob("decisions/*.md")), ROOT / "CHANGELOG.md"]
 SECTIONS = "model|data|lora|ib|train|eval|checkpoint|runtime"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def text_of(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
 
 
 # --- links ----------------------------------------------------------------------------------------
@@ -72,37 +62,6 @@ def test_the_index_names_every_page():
 
 
 # --- commands -------------------------------------------------------------------------------------
-
-
-def blocks(page: Path) -> Iterator[list[str]]:
-    """Lines of each block of code, fenced or indented; a line that ends with a backslash goes on."""
-    text = re.sub(r"\\\n\s*", "", text_of(page))
-    fenced = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-    for found in fenced.finditer(text):
-        yield found[1].splitlines()
-    for block in re.findall(r"(?:^ {4}.*\n)+", fenced.sub("", text), re.MULTILINE):
-        yield [line[4:] for line in block.splitlines()]
-
-
-def commands(page: Path, program: str) -> list[list[str]]:
-    """Words after `program` of every line that begins with it; what follows a pipe, < or # is not its own."""
-    found = []
-    for line in (line for block in blocks(page) for line in block):
-        begins = re.match(rf"(?:\.venv/bin/)?{program} (.*)", line)
-        through = re.search(r"-m ibft\.cli (.*)", line) if program == "ibft-fast" else None
-        if match := begins or through:
-            words = shlex.split(match[1], comments=True)
-            ends = next((i for i, word in enumerate(words) if word in ("<", "|", "&&")), len(words))
-            found.append(words[:ends])
-    return found
-
-
-def own(words: list[str]) -> list[str]:
-    """Without the brackets of what may be left out, and without dots that stand for more."""
-    if any(word.startswith("[") for word in words):
-        words = [word.strip("[]") for word in words]
-    values = {i + 1 for i, word in enumerate(words) if word.startswith("-")}  # of an option: dots are a text there
-    return [word for i, word in enumerate(words) if word != "section.key=value" and (word != "..." or i in values)]
 
 
 def parse(words: list[str]) -> dict[str, Any]:
@@ -157,83 +116,6 @@ def test_make_targets_and_modules_exist(page):
         assert {word for word in words if "=" not in word and word != "..."} <= targets, words
     for module in re.findall(r"python -m ((?:ibft|benchmarks)[\w.]*)", text_of(page)):
         assert importlib.util.find_spec(module), module
-
-
-# --- the quick start, really ----------------------------------------------------------------------
-
-QUICK = DOCS / "quick-start.md"
-NOT_RUN = {  # begins with -> why
-    "train model.name_or_path=": "downloads a model",
-    "estimate model.name_or_path=": "downloads a model's config.json",
-    "generate runs/mine": "asks the model that is not trained here",
-}
-FEWER = {  # begins with -> what the test adds, so that a step is seconds and not minutes; the last of an option counts
-    "train": ("train.max_steps=2 train.logging_steps=1 data.max_samples=8 eval.max_tasks=2 eval.max_new_tokens=8"),
-    "evaluate generate": "--problems few.jsonl --max-new-tokens 24 --batch-size 40",
-    "evaluate judge": "--problems few.jsonl",
-    "generate": "--max-new-tokens 8",
-}
-ROWS = [{"instruction": f"Add {n} to x.", "output": f"def add(x):\n    return x + {n}"} for n in range(4)]
-
-
-def added(words: list[str], table: dict[str, str]) -> str | None:
-    return next((more for start, more in table.items() if " ".join(words).startswith(start)), None)
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> tuple[Path, list[tuple[str, Any]]]:
-    """The folder, and what came of each command in the order of the page."""
-    from accelerate.state import AcceleratorState
-
-    from ibft_kernels import _dispatch
-
-    folder, results = tmp_path_factory.mktemp("quick"), []
-    tasks = (TASKS_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:3]
-    (folder / "few.jsonl").write_text("\n".join(tasks) + "\n", encoding="utf-8")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_dispatch, "INTERPRETED", False)  # as conftest.py does for tests alone
-        patched.chdir(folder)
-        for words in commands(QUICK, "ibft-fast"):
-            if added(words, NOT_RUN):
-                continue
-            AcceleratorState._reset_state(True)
-            more = (added(words, FEWER) or "").split()
-            results.append((" ".join(words), CliRunner().invoke(app, [*words, *more])))
-    return folder, results
-
-
-def isolated() -> bool:
-    from ibft.evaluation.sandbox import find_tier
-
-    try:
-        return bool(find_tier())
-    except errors.SetupError:
-        return False
-
-
-def test_the_quick_start_runs(quick):
-    folder, results = quick
-    assert len(results) == 10
-    for line, result in results:
-        if line.startswith(("evaluate judge", "evaluate score")) and not isolated():
-            continue  # no program is run here
-        assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception}"
-    for name in ("runs/first/adapter/adapter_model.safetensors", "runs/plain/result.json", "merged/config.json"):
-        assert (folder / name).is_file(), name
-    assert len((folder / "samples.jsonl").read_text().splitlines()) == 30
-    assert "<html" in (folder / "report.html").read_text()
-    preview = next(result for line, result in results if line.startswith("preview"))
-    assert "Add 3 to x." in preview.output
-    if isolated():
-        scores = json.loads((folder / "score.json").read_text())
-        assert scores["ks"] == [1, 5, 10]
-
-
-def test_what_is_not_run_is_on_the_page():
-    lines = [" ".join(words) for words in commands(QUICK, "ibft-fast")]
-    for start in NOT_RUN:
-        assert sum(line.startswith(start) for line in lines) == 1, start
 
 
 # --- Python ---------------------------------------------------------------------------------------
