@@ -107,7 +107,8 @@ def test_a_loss_spike_is_one_against_the_usual():
 )
 def test_real_runs(tmp_path, overrides, said):
     """The bundled base; the preset's ib.learning_rate is 0.01."""
-    arguments = ["train", "train.max_steps=24", "train.logging_steps=2", "eval.max_tasks=1", "eval.max_new_tokens=4"]
+    arguments = ["train", "train.max_steps=24", "train.logging_steps=2", "eval.max_tasks=1", "eval.max_new_tokens=4",
+                 "train.per_device_train_batch_size=2"]  # fmt: skip
     result = CliRunner().invoke(app, [*arguments, *overrides, "-o", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
