@@ -540,6 +540,18 @@ def test_a_layer_that_the_model_has_not(folder, tmp_path, layer):
         hf_trainer(folder, tmp_path, ib={"layer": layer})
 
 
+@pytest.mark.parametrize(("name", "value"), [("world_size", 2), ("n_gpu", 2)])
+def test_several_devices_are_refused(folder, tmp_path, monkeypatch, name, value):
+    """Before anything of the model is touched."""
+    monkeypatch.setattr(TrainingArguments, name, property(lambda self: value))
+    model = peft_model(folder)
+    with pytest.raises(
+        SetupError, match=r"got \d processes and \d GPUs, expected one device: set CUDA_VISIBLE_DEVICES=0"
+    ):
+        hf_trainer(folder, tmp_path, model=model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_what_the_objective_cannot_do_is_refused(folder, tmp_path):
     from peft import LoraConfig as PeftLora
     from peft import PromptTuningConfig
