@@ -44,7 +44,10 @@ class SampleDropout(nn.Module):
         if not self.training:
             return None
         if self.context.noise_ids is None:
-            raise RuntimeError("dropout needs the micro-batch's noise ids: run the forward inside BatchContext.batch")
+            raise RuntimeError(
+                "dropout needs the micro-batch's noise ids: run the forward inside BatchContext.batch "
+                "(a model that an IBFTTrainer has adopted trains in none but an IBFTTrainer)"
+            )
         return Dropout(self.p, self.context.key(self.stream), self.context.noise_ids)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

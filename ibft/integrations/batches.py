@@ -16,7 +16,11 @@ IGNORE = -100
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
-    """Raises DataError: no ids or labels [B, T], an attention mask or noise columns of another shape."""
+    """Raises DataError: no mapping, no ids or labels [B, T], an attention mask or noise columns of another shape."""
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"the data collator made a {type(batch).__name__}, expected a mapping with input_ids and labels"
+        )
     for name in ("input_ids", "labels"):
         if not isinstance(batch.get(name), Tensor):
             raise DataError(f"the data collator made {', '.join(batch)}: expected also {name}, a tensor [rows, tokens]")

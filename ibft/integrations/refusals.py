@@ -28,6 +28,11 @@ def check_trainer(trainer: "Trainer", *, bottleneck: bool, fused_kernels: bool) 
             bottleneck and trainer.lr_scheduler is not None,
             "the optimizer alone: the bottleneck adds a group to it",
         ),
+        (
+            "torch_compile",
+            bool(args.torch_compile),
+            "False: the objective calls the decoder, which would not be compiled",
+        ),
         ("use_reentrant=True", reentrant and not fused_kernels, "False: the tapped layer must keep its graph"),
     )
     for name, wrong, expected in asked:

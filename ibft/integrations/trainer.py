@@ -86,6 +86,8 @@ class IBFTMixin(Base):
         self.fused: Fused | None = adopted.fused
         self.objective: IBObjective = adopted.objective
         self.taps: list[HiddenTap] = adopted.taps
+        self.epochs = Epochs()
+        self.add_callback(self.epochs)
         if self.fused is not None:
             self.add_callback(OwnCheckpointing())
             for notice in self.fused.notices():
@@ -123,7 +125,7 @@ class IBFTMixin(Base):
         for batch in batches:
             check_batch(batch)
             batch["noise_ids"] = noise_ids_of(
-                batch, epoch=int(self.state.epoch or 0), step=self.state.global_step, first_row=rows
+                batch, epoch=self.epochs.number, step=self.state.global_step, first_row=rows
             )
             rows += len(batch["input_ids"])
         counts = torch.stack([kl_mask_of(batch, self.ib.kl_tokens).sum() for batch in batches])
@@ -273,6 +275,20 @@ class IBFTMixin(Base):
 
 class IBFTTrainer(IBFTMixin, Trainer):
     """`transformers.Trainer` for a causal LM of the Llama family, with an information bottleneck: see `IBFTMixin`."""
+
+
+class Epochs(TrainerCallback):
+    """Counts passes over the data from 0. `state.epoch` does so only where the Trainer knows how long one is: of an
+    iterable data set it takes `max_steps` for the length.
+    """
+
+    number = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.number = int(state.epoch or 0) - 1  # more than 0: resumed
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.number += 1
 
 
 class OwnCheckpointing(TrainerCallback):
