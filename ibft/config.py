@@ -78,7 +78,7 @@ class FieldsConfig(Section):
 
 class DataConfig(Section):
     path: str = BUNDLED
-    """Training rows: a .json, .jsonl, .csv, .parquet or .arrow file (each also .gz), a folder of such, or a hub id."""
+    """Training rows: a .json, .jsonl, .csv, .tsv, .parquet or .arrow file (each also .gz), a folder of such, or a hub id."""
     split: str = "train"
     """Split of a hub data set or of a folder."""
     fields: FieldsConfig = FieldsConfig()

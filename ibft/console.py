@@ -1,5 +1,7 @@
 """What a user sees of a run: a header, a progress bar on a terminal, a line per log step, and the closing table."""
 
+import shlex
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Advance = Callable[..., None]  # (done so far, ...)
+LINE_SECONDS = 30  # between lines of progress where there is no terminal
 
 
 class Console:
@@ -87,12 +90,28 @@ class Console:
         self.rich.print("  ".join(parts), markup=False)
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Advance]:
-        """A bar on a terminal, nothing elsewhere; call the yielded function with the number done so far."""
+    def progress(self, what: str, total: int, *, elsewhere: bool = True) -> Iterator[Advance]:
+        """A bar on a terminal, a line every half minute elsewhere (or none); call the yielded function with the number
+        done so far.
+        """
+        if not self.rich.is_terminal:
+            yield self._lines(what, total) if elsewhere else lambda *_: None
+            return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.rich, transient=True, disable=not self.rich.is_terminal) as bar:
+        with Progress(*columns, console=self.rich, transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda done, *_: bar.update(task, completed=done)
+
+    def _lines(self, what: str, total: int) -> Advance:
+        last = time.monotonic()
+
+        def advance(done: int, *_: Any) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_SECONDS:
+                last = time.monotonic()
+                self.line(f"{what}: {done:,} of {total:,}")
+
+        return advance
 
     def result(self, result: dict[str, Any], path: Path, *, kept_best: bool, on_cpu: bool) -> None:
         """on_cpu: the peak is the whole process's, libraries and code included, not that of the tensors alone."""
@@ -112,6 +131,10 @@ class Console:
             self.notice(f"Pass@1 not judged: {result['pass_at_1']['before']['not_judged']}")
         best = f" (last), {path}/adapter-best (lowest held-out CE)" if kept_best else ""
         self.rich.print(f"adapter: {path}/adapter{best}", markup=False)
+        run = shlex.quote(str(path))
+        self.rich.print(
+            f"next: ibft-fast generate {run}; ibft-fast report {run}; ibft-fast merge {run} -o merged", markup=False
+        )
 
 
 def size(count: int) -> str:

@@ -61,6 +61,15 @@ ALIASES = {
     "device": "runtime.device",
 }
 
+ADVICE = {  # of other trainers, and no key here
+    "load_in_4bit": "model.quantization=nf4 is the default",
+    "load_in_8bit": "model.quantization is nf4 or none",
+    "bf16": "it is train.mixed_precision=bf16 here",
+    "fp16": "it is train.mixed_precision=fp16 here",
+    "datasets": "data.path names one data set",
+    "chat_template": "data.template=chat is the tokenizer's, data.template=FILE.jinja another",
+}
+
 Tree = dict[str, Any]
 
 
@@ -181,7 +190,8 @@ def _canonical(tree: Tree, where: str, notices: list[str]) -> Tree:
                 raise ConfigError(
                     f"{where}{target}: got {value!r}, expected a section with keys such as {_example(target)}"
                 )
-            raise ConfigError(f"{where}unknown key {key!r}{_nearest(key, [*known, *ALIASES])}")
+            advice = f"; {ADVICE[key]}" if key in ADVICE else _nearest(key, [*known, *ALIASES])
+            raise ConfigError(f"{where}unknown key {key!r}{advice}")
         _merge(result, _nest(target, value))
     return result
 

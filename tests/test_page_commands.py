@@ -108,7 +108,7 @@ def isolated() -> bool:
 def run_page(page: Path, folder: Path, trained: Path, patched: pytest.MonkeyPatch) -> dict[str, Any]:
     """What came of each command that is run here."""
     what_pages_begin_with(folder)
-    for name in ("RUN", "runs/b", "runs/ft", "runs/ib"):
+    for name in ("RUN", "runs/b", "runs/ft", "runs/ib", *(["runs/first"] if page.name == "quick-start.md" else ())):
         shutil.copytree(trained, folder / name)
     results = {}
     for words in map(own, commands(page, "ibft-fast")):
@@ -121,7 +121,7 @@ def run_page(page: Path, folder: Path, trained: Path, patched: pytest.MonkeyPatc
             if not isolated() or ("verilogeval-v1" in line and icarus_version() is None):
                 continue
             for baseline in ("fine-tuned.jsonl", "plain.jsonl") if words[1] == "score" else ():
-                shutil.copy(folder / "verdicts.jsonl", folder / baseline)
+                shutil.copy(folder / words[2], folder / baseline)
         for new in ("merged", "runs/preset") if words[0] == "merge" or "preset=" in line else ():
             shutil.rmtree(folder / new, ignore_errors=True)
         results[line] = result = run(folder, words, patched)
@@ -138,13 +138,13 @@ def test_the_commands_of_a_page_run(page, tmp_path, trained, monkeypatch):
     if page != DOCS / "quick-start.md":
         return
     assert len(results) >= 11
-    for name in ("runs/first/adapter/adapter_model.safetensors", "runs/plain/result.json", "merged/config.json"):
+    for name in ("runs/second/adapter/adapter_model.safetensors", "runs/plain/result.json", "runs/merged/config.json"):
         assert (tmp_path / name).is_file(), name
-    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 30
-    assert "<html" in (tmp_path / "report.html").read_text()
+    assert len((tmp_path / "runs/first/samples.jsonl").read_text().splitlines()) == 30
+    assert "<html" in (tmp_path / "runs/report.html").read_text()
     assert "24 samples" in results["preview data.path=rows.jsonl"].output
     if isolated():
-        assert json.loads((tmp_path / "score.json").read_text())["ks"] == [1, 5, 10]
+        assert json.loads((tmp_path / "runs/first/scores.json").read_text())["ks"] == [1, 5, 10]
 
 
 def test_what_is_run_elsewhere_is_on_a_page():

@@ -55,8 +55,10 @@ def run_partition(
     """
     if by not in BY:
         raise ConfigError(f"--by: got {by}, expected {' or '.join(BY)}")
-    if not 0 < share < 100:
-        raise ConfigError(f"--share: got {share:g}, expected more than 0 and less than 100 (percent)")
+    if not 0 < share <= 50:
+        raise ConfigError(
+            f"--share: got {share:g}, expected more than 0 and at most 50 (percent): groups do not overlap"
+        )
     if seed < 0:
         raise ConfigError(f"--seed: got {seed}, expected 0 or more")
     header, found = read_scores(scores)

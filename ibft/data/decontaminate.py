@@ -128,6 +128,8 @@ def run_decontaminate(
             "the text that they were made of"
         )
     show(found, n, console)
+    if not against:
+        console.notice("contamination was not looked for: name problems with --against")
     drop = found.contaminated | found.surplus
     console.line(
         f"to drop: {len(drop):,} of {len(rows):,} rows ({len(found.contaminated):,} contaminated, "

@@ -77,7 +77,7 @@ def as_pair(chat: Chat, where: str) -> Pair:
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise DataError(
             f"{where} is a conversation ({', '.join(roles)}); expected one question and one answer, "
-            "or data.template=chat"
+            "or a template of conversations: data.template=chat, or a .jinja file that names messages"
         )
     *asked, answer = (message["content"] for message in chat.messages)
     prompt = "\n".join(asked)

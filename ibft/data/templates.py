@@ -88,7 +88,8 @@ def choose_template(name: str, tokenizer: Any) -> Template:
         source = getattr(tokenizer, "chat_template", None)
         if not isinstance(source, str):
             raise ConfigError(
-                "data.template=chat: the tokenizer has no chat template; expected released, alpaca or a Jinja file"
+                "data.template=chat: the tokenizer has no chat template; expected a .jinja file that names messages "
+                "(docs/data.md has one), or for single answers released or alpaca"
             )
         return Template(name, source, for_chats=True)
     if Path(name).suffix not in (".jinja", ".jinja2", ".j2"):

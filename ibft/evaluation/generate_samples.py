@@ -125,9 +125,13 @@ def run_generate(
         console.notice(notice)
     with console.progress("generating", len(wanted)) as advance:
         advance(done)
-        empty = file.fill(
-            start, prompts, wanted, done, style=style, suite=suite, batch_size=batch_size, progress=advance
-        )
+        try:
+            empty = file.fill(
+                start, prompts, wanted, done, style=style, suite=suite, batch_size=batch_size, progress=advance
+            )
+        except KeyboardInterrupt:
+            console.notice(f"what was generated is in {out}; the same command goes on")
+            raise
     told = f"; {empty:,} of the new ones are empty" if empty else ""
     console.line(f"samples: {len(wanted):,} in {out}, {len(wanted) - done:,} of them new{told}")
 

@@ -50,7 +50,9 @@ def run_retain(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise SetupError("evaluate retain needs lm-evaluation-harness: pip install 'ibft-fast[retain]'") from error
+        raise SetupError(
+            "evaluate retain needs lm-evaluation-harness: pip install -e '.[retain]' in a clone"
+        ) from error
     from ibft.console import Console
 
     console = Console()

@@ -192,7 +192,7 @@ def test_refused(tmp_path):
     assert_refused(run(few, "-o", tmp_path / "parts"), 3, "holds 9 scores, expected ten or more")
     assert_refused(run(path, "-o", path), 3, "--out: ")
     for more, part in [
-        (["--share", 0], "--share: got 0"), (["--share", 100], "--share: got 100"),
+        (["--share", 0], "--share: got 0"), (["--share", 50.5], "--share: got 50.5"),
         (["--share", "nan"], "--share: got nan"), (["--seed", -1], "--seed: got -1"),
         (["--by", "loss"], "--by: got loss, expected min_k or min_k_pp"),
     ]:  # fmt: skip

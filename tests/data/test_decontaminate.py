@@ -275,7 +275,9 @@ def test_a_pair_under_another_id_is_dropped(tmp_path, capsys):
     assert rows_to_drop(rows[2:], [], fields=fields).duplicates == {1}
     assert rows_to_drop(rows, [], whole=True).duplicates == set()
     run_decontaminate(save(tmp_path / "rows.jsonl", rows))
-    assert "to drop: 1 of 4 rows" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "to drop: 1 of 4 rows" in told
+    assert "contamination was not looked for: name problems with --against" in told
 
 
 def test_the_terminal_is_neither_steered_nor_too_poor(data, tmp_path):

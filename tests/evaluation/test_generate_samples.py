@@ -78,6 +78,7 @@ def test_stopped_and_gone_on_with(folder, problems, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(TransformersEngine, "complete", dies)
     with pytest.raises(KeyboardInterrupt):
         sample(folder, problems, out, **settings)
+    assert f"note: what was generated is in {out}; the same command goes on" in capsys.readouterr().out
     monkeypatch.setattr(TransformersEngine, "complete", complete)
     with out.open("rb+") as file:
         file.truncate(len(out.read_bytes()) - 300)  # the last lines are torn

@@ -18,4 +18,4 @@ def check(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], rel: f
         assert found[name].shape == expected.shape, name
         scale = expected.abs() + expected.square().mean().sqrt()
         worst = ((found[name].double() - expected).abs() - rel * scale).max() if expected.numel() else -1
-        assert worst <= 0, f"{name}: {worst} beyond {rel}"
+        assert worst <= 0, f"{name}: beyond the {rel} allowed by {worst}"
