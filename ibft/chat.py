@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ibft.console import Console
 from ibft.errors import ConfigError, DataError, OutOfMemoryError
 from ibft.evaluation.local_model import LocalModel
+from ibft.output import to_stdout
 from ibft.trained import find_trained, local_model
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def run_generate(
 
     Raises:
         ConfigError: an argument is out of range, or `run` holds nothing to generate with. DataError: a prompt that is
-        no text, or that its template refuses. SetupError: no such base, or damaged weights. OutOfMemoryError.
+        no text, or that its template refuses; stdin or stdout is closed, or takes no more. SetupError: no such base, or
+        damaged weights. OutOfMemoryError.
     """
     from ibft.data.encode import encode_prompts
     from ibft.data.templates import choose_template
@@ -49,6 +51,9 @@ def run_generate(
         raise ConfigError(f"--temperature: got {temperature}, expected a number from 0")
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt is empty")
+    if prompt is None and sys.stdin is None:
+        raise DataError("standard input is closed, and there is no --prompt")
+    to_stdout("")  # refused before a model is loaded
     trained = find_trained(run, adapter)
     here = local_model(trained)
     template = choose_template(trained.template, here.tokenizer)
@@ -64,9 +69,9 @@ def run_generate(
             console.notice(f"a prompt of {len(prompt_ids):,} tokens: the model has {here.positions:,} positions in all")
         stream_answer(
             model, here.tokenizer, prompt_ids, max_new_tokens,
-            choose=lambda logits: choose_tokens(logits, [temperature], [noise.random()], top_p), show=_write,
+            choose=lambda logits: choose_tokens(logits, [temperature], [noise.random()], top_p), show=to_stdout,
         )  # fmt: skip
-        _write("\n")
+        to_stdout("\n")
 
     with _out_of_memory(here):
         model = here.load()
@@ -79,7 +84,7 @@ def run_generate(
             for line in read_prompts():
                 answer(model, line)
         except KeyboardInterrupt:
-            _write("\n")
+            to_stdout("\n")
 
 
 def stream_answer(
@@ -153,8 +158,3 @@ def _checked(prompt: str) -> str:
     except UnicodeEncodeError as error:  # bytes that the shell handed on as they are
         raise DataError("the prompt is not UTF-8 text") from error
     return prompt
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -7,8 +7,8 @@ settings demand of one another only a run checks.
 """
 
 import json
+import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from ibft.config import Config
 from ibft.load_config import ALIASES, preset_names
+from ibft.output import to_stdout
 
 Schema = dict[str, Any]
 DRAFT = GenerateJsonSchema.schema_dialect
@@ -35,15 +36,15 @@ def run_schema(out: str | None) -> None:
     """Write the schema to a file, or to stdout.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: it cannot be written.
     """
     text = json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
     if out in (None, "-"):
-        sys.stdout.write(text)
+        to_stdout(text)
         return
     from ibft.evaluation.score import write
 
-    write(Path(out), text)
+    write(Path(os.path.expanduser(out)), text)
 
 
 def plain_schema() -> Schema:

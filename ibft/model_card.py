@@ -6,7 +6,6 @@ Paths of the machine that trained are not in it: of a local file or folder only 
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any
 
 import yaml
 
+from ibft.card_facts import MANIFEST, PARTS, RESULT, SOLVED, sound
 from ibft.config import BUNDLED, Config
 from ibft.data.sources import looks_like_path
+from ibft.output import write_whole
 
 Facts = Mapping[str, Any]
 FILE = "README.md"
@@ -31,16 +32,14 @@ def write_model_card(
 
     Args:
         folder: as `ibft.rundir.write_adapter` leaves it; one named adapter-best is taken for the best state.
-        result, manifest: what result.json and manifest.json of the run hold, where there are such.
+        result, manifest: what result.json and manifest.json of the run hold, where there are such. Of what is not such
+            as a run writes the card says nothing.
 
     Raises:
         OSError: it cannot be written.
     """
-    path, fresh = folder / FILE, folder / f".{FILE}.new"
-    fresh.write_text(
-        model_card(config, best=folder.name == BEST, result=result, manifest=manifest), "utf-8", "backslashreplace"
-    )
-    os.replace(fresh, path)
+    path = folder / FILE
+    write_whole(path, model_card(config, best=folder.name == BEST, result=result, manifest=manifest))
     return path
 
 
@@ -48,7 +47,7 @@ def model_card(
     config: Config, *, best: bool = False, result: Facts | None = None, manifest: Facts | None = None
 ) -> str:
     """Markdown with front matter. best: the state is that of the lowest held-out cross-entropy, not the last."""
-    result, manifest = result or {}, manifest or {}
+    result, manifest = sound(result, RESULT) or {}, sound(manifest, MANIFEST) or {}
     sections = {
         "How to load it": loading(config, manifest),
         "What was optimised": objective(config, manifest),
@@ -81,8 +80,8 @@ def hub_id(name: str) -> str | None:
     if name == BUNDLED or looks_like_path(name):
         return None
     try:
-        return None if Path(name).expanduser().exists() else name
-    except (OSError, RuntimeError):
+        return None if Path(name).exists() else name
+    except OSError:  # a name too long
         return None
 
 
@@ -244,14 +243,11 @@ def results(config: Config, result: Facts, *, best: bool) -> str:
     values |= {"held-out cross-entropy, nats per label token": f"{held_out[-1]:.4f}"} if held_out else {}
     values |= {f"{name}, last step": f"{last[key]:.4g}" for key, name in PARTS.items() if last.get(key) is not None}
     for when in ("before", "after"):
-        if "value" in (tasks.get(when) or {}):
-            side = tasks[when]
+        side = tasks.get(when) or {}
+        if side.keys() == SOLVED.keys():
             values[f"Pass@1 {when} training"] = f"{side['value']:.1%} ({side['passed']} of {side['tasks']} tasks)"
     warned = "".join(f"- {one_line(text)}\n" for text in result.get("warnings") or ())
     return table(values) + (f"\nWarnings of the run:\n\n{warned}" if warned else "")
-
-
-PARTS = {"ce": "CE", "kl": "KL", "ce_z": "CE_z", "active_dims": "share of latent dimensions in use"}
 
 
 def limits(config: Config, result: Facts) -> str:

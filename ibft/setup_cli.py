@@ -15,21 +15,26 @@ def init(
             show_default=False,
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Your model, a hub id or folder: the rest are the defaults for one.", show_default=False),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Your rows: file, folder or hub id.", show_default=False)] = None,
     out: Annotated[str, typer.Option("-o", "--out", help="The file; - for stdout.")] = "config.yaml",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write a configuration to start from: every key, its value, what it means and takes.
 
-    Examples: `ibft-fast init`, `ibft-fast init --preset paper-evol -o evol.yaml`, then
-    `ibft-fast train evol.yaml --dry-run`.
+    Examples: `ibft-fast init --model Qwen/Qwen2.5-Coder-1.5B --data rows.jsonl`,
+    `ibft-fast init --preset paper-evol -o evol.yaml`, then `ibft-fast train evol.yaml --dry-run`.
 
     Exit codes: 0 done, 2 arguments or a file that is there already, 3 a file that cannot be written.
     """
     with one_line_errors(debug):
         from ibft.starter import run_init
 
-        run_init(preset, out, force=force)
+        run_init(preset, out, force=force, model=model, data=data)
 
 
 def schema(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ibft import chat
 from ibft.chat import stream_answer
 from ibft.cli import app
 from ibft.config import BUNDLED, ModelConfig
+from ibft.errors import DataError
 from ibft.merge import run_merge
 from ibft.model import load_base
 from ibft.tiny import BASE_DIR
@@ -119,6 +121,58 @@ def test_the_same_seed_gives_the_same_answers(run):
     assert sample(2) != first
     half = len(first) // 2
     assert first[:half] != first[half:]  # a prompt that is asked again may get another answer
+
+
+def test_of_a_tiny_nucleus_only_the_likeliest_token_is_left(run):
+    arguments = ("--prompt", PROMPT, "--max-new-tokens", 12)
+    greedy = generate(run, *arguments).stdout
+    hot = ("--temperature", 1.5, "--seed", 1)
+    assert generate(run, *arguments, *hot, "--top-p", 1e-6).stdout == greedy
+    assert generate(run, *arguments, *hot, "--top-p", 1).stdout != greedy
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_one_line(run, error, prompts_asked, monkeypatch):
+    def stream_answer(*_, **__):
+        raise error
+
+    monkeypatch.setattr(chat, "stream_answer", stream_answer)
+    result = generate(run, "--prompt", "add")
+    assert result.exit_code == 6
+    assert result.stderr.splitlines()[-1] == "error: out of memory on cpu: try a smaller --max-new-tokens"
+
+
+def test_an_error_of_another_kind_keeps_its_traceback(run, prompts_asked, monkeypatch):
+    def stream_answer(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(chat, "stream_answer", stream_answer)
+    assert isinstance(generate(run, "--prompt", "add").exception, RuntimeError)
+
+
+def test_an_answer_that_may_not_fit_into_the_positions_is_told_of(run, prompts_asked):
+    positions = json.loads((BASE_DIR / "config.json").read_text())["max_position_embeddings"]
+    prompt = "add " * 20
+    generate(run, "--prompt", prompt)
+    count = len(prompts_asked[0])
+    notice = f"note: a prompt of {count} tokens: the model has {positions:,} positions in all"
+    for left, told in ((positions - count, False), (positions - count + 1, True)):
+        result = generate(run, "--prompt", prompt, "--max-new-tokens", left)
+        assert result.exit_code == 0
+        assert (notice in result.stderr) == told
+
+
+@pytest.mark.parametrize(("stream", "said"), [("stdin", "standard input is closed"), ("stdout", "standard output is")])
+def test_a_closed_stream_is_refused_before_anything_is_loaded(stream, said, monkeypatch):
+    monkeypatch.setattr(sys, stream, None)
+    with pytest.raises(DataError, match=said):
+        chat.run_generate("nowhere", None, max_new_tokens=1, temperature=0, top_p=1, seed=0)
 
 
 def test_a_prompt_is_framed_by_the_template_of_the_run(run, tmp_path, prompts_asked):

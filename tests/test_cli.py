@@ -92,7 +92,16 @@ def test_a_default_run_needs_no_network(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert attempts.read_text() == ""
-    for words in ("4-bit NF4", "KL: sum over dims", "held-out CE", "Pass@1", "tokens/s", "peak memory of the process"):
+    for words in (
+        "4-bit NF4",
+        "KL: sum over dims",
+        "held-out CE",
+        "Pass@1",
+        "tokens/s",
+        "peak memory of the process",
+        "only 2 optimizer steps",
+        f"next: ibft-fast generate {run}; ",
+    ):
         assert words in done.stdout
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -168,6 +177,7 @@ def test_plain_fine_tuning_and_dry_run(tmp_path):
     assert result.exit_code == 0, result.output
     assert not list((tmp_path / "plain").rglob("ib_bottleneck*"))
     assert "grad_norm_bottleneck" not in (tmp_path / "plain/metrics.jsonl").read_text()
+    assert not (tmp_path / "plain/latent.jsonl").exists()
     result = invoke("--dry-run", "-o", tmp_path / "dry")
     assert result.exit_code == 0
     assert "% of them padding; 17 steps an epoch, 80 in all" in result.output
@@ -197,6 +207,25 @@ def test_bad_configuration(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("")
     assert_refused(invoke("-o", tmp_path / "run", *QUICK), 2, "already holds a run", "-o")
+
+
+def test_what_other_trainers_write_gets_advice():
+    """Not the nearest key, which is another thing."""
+    for said, *arguments in (
+        ("got 'ib.alpha = 0.2', expected section.key=value, without spaces", "ib.alpha", "=", "0.2"),
+        ("unknown key 'load_in_4bit'; model.quantization=nf4 is the default", "load_in_4bit=true"),
+        ("unknown key 'bf16'; it is train.mixed_precision=bf16 here", "bf16=true"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert said in " ".join(result.output.split())
+
+
+def test_the_version():
+    from importlib.metadata import version
+
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"ibft-fast {version('ibft-fast')}\n")
 
 
 def test_bad_data(tmp_path):

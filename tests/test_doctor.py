@@ -159,7 +159,13 @@ def asks(monkeypatch, requirements, versions):
 
 
 def test_packages_in_their_ranges(monkeypatch):
-    asked = ["torch>=2.11", "peft>=0.19", 'pywin; sys_platform == "win32"', 'wandb; extra == "wandb"']
+    asked = [
+        "torch>=2.11",
+        "peft>=0.19",
+        'pywin; sys_platform == "win32"',
+        'wandb; extra == "wandb"',
+        'ruff; extra == "dev"',
+    ]
     found = asks(monkeypatch, asked, {"torch": "2.13.0.dev20260901+cu128", "peft": "0.19"})
     assert found == Finding("ok", "torch 2.13.0.dev20260901+cu128, peft 0.19")
 
@@ -348,6 +354,20 @@ def test_a_weight_goes_to_four_bits_and_back_with_their_error():
     assert 0.01 < gpu.nf4_error(torch.device("cpu")) <= gpu.NF4_ERROR  # an error of 0 would be no 4 bits
 
 
+def test_the_four_bits_are_those_of_training(monkeypatch):
+    from bitsandbytes import functional
+
+    quantize, asked = functional.quantize_4bit, []
+
+    def spy(weight, **settings):
+        asked.append(settings)
+        return quantize(weight, **settings)
+
+    monkeypatch.setattr(functional, "quantize_4bit", spy)
+    gpu.nf4_error(torch.device("cpu"))
+    assert asked == [{"quant_type": "nf4", "compress_statistics": True}]
+
+
 # --- machine --------------------------------------------------------------------------------------
 
 
@@ -375,16 +395,31 @@ def test_threads_are_as_many_as_cores(count, cores, named, state, no_card, monke
 def test_room_on_a_disk(tmp_path, monkeypatch):
     usage = Usage(100 * GIB, 0, 6 * GIB)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage if path == tmp_path else None)
-    assert machine.room(tmp_path / "not" / "yet", 5 * GIB, "elsewhere").state == "ok"
-    few = machine.room(tmp_path, 20 * GIB, "elsewhere")
+    assert machine.room(tmp_path / "not" / "yet", 5 * GIB, "a run", "elsewhere").state == "ok"
+    few = machine.room(tmp_path, 20 * GIB, "a run", "elsewhere")
     assert (few.state, few.found) == ("warning", f"{tmp_path}: 6.0 GiB free")
-    assert few.advice == "a 7B base wants 20 GiB; elsewhere"
+    assert few.advice == "a run wants 20 GiB; elsewhere"
 
 
 def test_a_folder_that_nobody_can_write_to(tmp_path):
     (tmp_path / "file").write_text("")
-    finding = machine.room(tmp_path / "file" / "below", GIB, "elsewhere")
+    finding = machine.room(tmp_path / "file" / "below", GIB, "a run", "elsewhere")
     assert finding == Finding("warning", f"{tmp_path}/file/below: no right to write in {tmp_path}/file", "elsewhere")
+
+
+@pytest.mark.parametrize("lacking", [os.W_OK, os.X_OK])
+def test_a_folder_is_written_to_with_the_rights_to_write_and_to_enter(lacking, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & lacking)
+    finding = machine.room(tmp_path, 0, "a run", "elsewhere")
+    assert finding == Finding("warning", f"{tmp_path}: no right to write in {tmp_path}", "elsewhere")
+
+
+def test_a_full_disk_is_told_what_wants_how_much_of_it(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100 * GIB, 100 * GIB, 0))
+    advice = [check().advice.partition(";")[0] for check in (machine.here, machine.hub_cache, machine.encoded_data)]
+    assert advice == [
+        "a run of a 7B base wants 5 GiB", "a 7B base wants 20 GiB", "a data set of 250 million tokens wants 1 GiB",
+    ]  # fmt: skip
 
 
 def test_the_folders_are_those_that_training_uses(tmp_path, monkeypatch):

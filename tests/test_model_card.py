@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ibft.cli import app
 from ibft.load_config import load_config
-from ibft.model_card import model_card, write_model_card
+from ibft.model_card import model_card, table, write_model_card
 from ibft.run_report.curves import GRADIENTS, LATENT, LOSS, SPEED
 from ibft.run_report.page import make_page
 from ibft.run_report.read_run import read_run
@@ -69,11 +69,12 @@ def run(tmp_path_factory):
 def test_the_card_takes_the_place_of_peft_s_form(run):
     text = (run / "adapter" / "README.md").read_text()
     assert "More Information Needed" not in text
-    assert not (run / "adapter" / ".README.md.new").exists()
+    assert not list((run / "adapter").glob(".*"))
     assert front(text) == {
         "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["ib-ft", "qlora", "lora", "code"],
     }  # fmt: skip
     assert "a Llama of 3.5 million parameters" in text
+    assert "`pip install ibft-fast` brings it" in text
     result = json.loads((run / "result.json").read_text())
     rows = rows_of(text)
     assert rows["steps"] == "2"
@@ -113,7 +114,7 @@ def test_every_curve_of_the_page_is_of_a_number_that_a_run_logs(run):
     assert shown <= logged
     page = make_page([read_run(run, "run")])
     assert "Not logged" not in page
-    assert page.count("<figure") == len(shown) + 1  # KL a dimension is made of two
+    assert page.count("<figure") == len(shown) + 2  # KL a dimension is made of two; the map is of another file
     assert "2 of 2" in page
     assert "finished" in page
 
@@ -126,6 +127,27 @@ def test_what_is_on_the_hub_is_named_for_the_hub():
         "base_model": "owner/base-7b", "base_model_relation": "adapter", "library_name": "peft",
         "pipeline_tag": "text-generation", "tags": ["lora", "code"], "datasets": ["owner/rows"],
     }  # fmt: skip
+
+
+def test_plain_fine_tuning_in_four_bits_is_tagged_so():
+    assert front(card(*HUB, "ib.alpha=0"))["tags"] == ["qlora", "lora", "code"]
+
+
+def test_a_name_that_no_file_can_have_is_not_looked_for_on_the_hub():
+    assert "datasets" not in front(card(HUB[0], f"data.path={'n' * 300}"))
+
+
+def test_a_local_base_has_no_revision_in_the_program():
+    program = re.search(
+        r"```python\n(.*?)```", card(HUB[1], "model.name_or_path=./base", "model.revision=v1"), re.DOTALL
+    )[1]
+    assert 'from_pretrained("PATH/TO/base", dtype=' in program
+
+
+def test_the_interval_of_a_few_tasks_is_rounded_up():
+    after = {"passed": 5, "tasks": 10, "value": 0.5}
+    text = card(*HUB, result={"pass_at_1": {"after": after}})
+    assert "over 10 tasks its 95 % interval is up to 32 points" in text  # 100 / sqrt(10) = 31.6
 
 
 def test_of_what_is_no_hub_id_only_the_last_name_is_told(tmp_path, monkeypatch):
@@ -177,6 +199,46 @@ def test_a_run_that_was_stopped_has_no_results():
     assert "Pass@1" not in card(*HUB, result=RESULT | {"pass_at_1": {"before": None, "after": {"not_judged": "why"}}})
 
 
+HUGE = pytest.param(10**400, id="no float holds it")
+
+
+@pytest.mark.parametrize("odd", [None, "x", 5, -1, HUGE, float("nan"), True, [], ["a"], [[0.5]], {}, {"after": []}])
+def test_of_damaged_facts_the_card_tells_the_sound_ones(odd):
+    """Whichever is damaged, the others are on it as before."""
+    config = load_config(None, HUB)[0]
+    whole = rows_of(model_card(config, result=RESULT, manifest=MANIFEST))
+    assert model_card(config, result=odd, manifest=odd).startswith("---\n")
+    for name in RESULT:
+        result = RESULT | {name: odd}
+        assert model_card(config, best=True, result=result, manifest=MANIFEST)
+        assert ("1,200" in model_card(config, result=result, manifest=MANIFEST)) == (name != "steps")
+    for name in MANIFEST:
+        told = model_card(config, result=RESULT, manifest=MANIFEST | {name: odd})
+        assert rows_of(told)["steps"] == "1,200"
+        assert ("A card" in told) == (name != "device")
+    before, after = RESULT["pass_at_1"]["before"], RESULT["pass_at_1"]["after"]
+    for name in after:
+        told = rows_of(
+            model_card(config, result=RESULT | {"pass_at_1": {"before": before, "after": after | {name: odd}}})
+        )
+        assert told["Pass@1 before training"] == whole["Pass@1 before training"]
+    for name in RESULT["last"]:
+        told = rows_of(model_card(config, result=RESULT | {"last": RESULT["last"] | {name: odd}}))
+        assert told["steps"] == "1,200"
+
+
+def test_facts_of_another_kind_are_left_out():
+    rows = rows_of(card(*HUB, result=RESULT | {"eval_ce": [0.5, "a"], "warnings": 5, "steps": "x", "last": 1}))
+    assert list(rows)[-2:] == ["Pass@1 before training", "Pass@1 after training"]
+    assert not {"steps", "held-out cross-entropy, nats per label token", "KL, last step"} & set(rows)
+    text = card(*HUB, manifest={"processes": "x", "ib_layer": ["a"], "versions": [], "dtype": "int8", "commit": 5})
+    assert rows_of(text)["batch"].startswith("4 rows")
+    assert "decoder layer auto (from 1)" in text
+    assert "dtype=torch.bfloat16" in text
+    assert text.endswith("## Made with\n\nibft-fast.\n")
+    assert "The run has left none." in card(*HUB, result={"steps": "x"})
+
+
 def test_plain_fine_tuning_has_no_bottleneck():
     text = card(*HUB, "ib.alpha=0")
     assert "# Fine-tuning adapter of `base-7b`" in text
@@ -193,7 +255,24 @@ def test_plain_fine_tuning_has_no_bottleneck():
         (["ib.prior=learned_diagonal"], "The prior p(z) is trained: learned diagonal."),
         (["ib.deterministic=true", "ib.alpha_warmup_ratio=0.25"],
          "z is mu, without noise. alpha rose over 25% of the steps."),
+        (["ib.kl_tokens=real"], "averaged over every token; CE_z"),
+        (["ib.kl_tokens=all", "data.packing=false", "data.pad_to_max_length=true"],
+         "averaged over every token, pads too; CE_z"),
+        (["ib.prior=learned_diagonal"], "(KL(q(z | h) || p(z)) + "),
         (["ib.layer=4,6"], "decoder layer 4, 6 (from 1)"),
+        (["data.template=auto"], 'prompt = instruction + "\\n"'),
+        (["data.template=auto"], "the instruction and a newline; before an answer of a conversation the"),
+        (["data.max_samples=5000"], "; at most 5,000 rows."),
+        (["data.deduplicate=true"], "split `train`; equal rows once."),
+        (["data.decontaminate=humaneval"], "split `train`; without rows that share text with evaluation problems."),
+        (["ib.learning_rate=1e-3"], "| learning rate of the bottleneck | 0.001 |"),
+        (["lora.use_rslora=true"], "dropout 0.05, rsLoRA |"),
+        (["lora.target_modules=[q_proj,v_proj]"], "| LoRA on | q_proj, v_proj |"),
+        (["train.max_steps=5000"], "| length | 5,000 steps |"),
+        (["train.max_grad_norm=0.5", "train.clip_mode=per_group"], "| gradient clipping | 0.5, per group |"),
+        (["train.lr_scheduler_type=linear"], ", linear |"),
+        (["data.packing=false"], "tokens |"),
+        (["runtime.seed=77"], "| seed | 77 |"),
         (["ib.encoder=random_projection"], "its encoder is random projection"),
         (["data.template=chat"], "apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"),
         (["data.template=alpaca"], "Stanford Alpaca's frame"),
@@ -207,7 +286,11 @@ def test_variants_are_said(overrides, said):
     assert said in text
     program = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     compile(program, "card", "exec")
-    assert ("four_bits" in text) == ("model.quantization=none" not in overrides)
+    quantised = "model.quantization=none" not in overrides
+    for words in ("four_bits = ", "Without `four_bits`", "in 4 bits (NF4", "rounded to 4 bits"):
+        assert (words in text) == quantised
+    assert ("revision `v1`" in text) == ("model.revision=v1" in overrides)
+    assert ("comes with the package" in text, "`pip install ibft-fast` brings it" in text) == (False, False)
 
 
 def test_odd_names_stay_words():
@@ -224,6 +307,10 @@ def test_odd_names_stay_words():
     assert 'on x`y # z ``` &lt;b> " |' in text
     assert front(text)["base_model"] == odd
     compile(re.search(r"```python\n(.*?)\n```\n", text, re.DOTALL)[1], "card", "exec")
+
+
+def test_a_bar_in_a_value_opens_no_column():
+    assert table({"name": "a|b"}).endswith("| name | a\\|b |\n")
 
 
 def test_a_card_that_cannot_be_written(tmp_path):

@@ -30,7 +30,7 @@ ELSEWHERE = {  # begins with -> where it is run, and what shows it
     "evaluate generate --model tuned --base-url": ("evaluation/test_generate_samples.py", "base_url="),
 }
 INSTEAD = {  # of what is there already, or on the hub
-    "ID": BUNDLED, "BASE": BUNDLED, "DIR": "merged",
+    "ID": BUNDLED, "BASE": BUNDLED, "DIR": "merged", "Qwen/Qwen2.5-Coder-1.5B": BUNDLED,
     "model.name_or_path=Qwen/Qwen2.5-Coder-1.5B": f"model.name_or_path={BUNDLED}",
 }  # fmt: skip
 LESS = {  # begins with -> what is added; the last of an option counts

@@ -1,6 +1,8 @@
 """`ibft-fast init` and the generated pages: every key, with its value and its meaning, and nothing that has changed
 since."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from ibft.cli import app
 from ibft.config_reference import settings
 from ibft.errors import ConfigError
 from ibft.load_config import ALIASES, known_keys, load_config, preset_names
-from ibft.starter import starter
+from ibft.starter import run_init, starter
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -38,6 +40,30 @@ def test_the_file_is_the_configuration_of_its_preset(preset, tmp_path):
     file.write_text(starter(preset), encoding="utf-8")
     assert load_config(file, []) == load_config(None, [f"preset={preset}"] if preset else [])
     assert load_config(file, [])[1] == []
+
+
+def test_a_model_of_ones_own_begins_from_the_defaults(tmp_path):
+    """And not from what suits the bundled one."""
+    file = tmp_path / "mine.yaml"
+    run_init(None, str(file), force=False, model="their/7b: model", data="rows.jsonl")
+    expected, _ = load_config(None, ["model.name_or_path='their/7b: model'", "data.path=rows.jsonl"])
+    assert load_config(file, [])[0] == expected
+    assert expected.train.learning_rate == 1e-4
+    text = file.read_text()
+    assert "# tiny" not in text
+    assert "# Every setting, with its default.\n" in text
+
+
+def test_a_preset_may_be_given_another_model():
+    text = starter("paper-evol", "their/7b")
+    assert "  name_or_path: their/7b\n" in text
+    assert "# paper-evol" in text
+    assert "For a model" not in text
+
+
+def test_the_bundled_models_values_say_whose_they_are():
+    assert "They suit the bundled model of 3.5 M parameters and no other" in starter()
+    assert "They suit" not in starter("paper-evol")
 
 
 def test_every_key_is_in_it_once():
@@ -94,6 +120,28 @@ def test_a_file_that_is_there_stays_unless_forced(tmp_path):
     assert file.read_text(encoding="utf-8") == starter()
 
 
+def test_a_file_that_cannot_be_written_over_stays(tmp_path, monkeypatch):
+    file = tmp_path / "mine.yaml"
+    file.write_text("mine")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused = invoke("init", "-o", file, "--force")
+    assert (refused.exit_code, refused.stderr) == (3, f"error: {file}: No space left on device\n")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"mine.yaml": "mine"}
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for command in ("init", "schema"):
+        assert invoke(command, f"--out=~/new/{command}").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert sorted(path.name for path in (tmp_path / "home" / "new").iterdir()) == ["init", "schema"]
+
+
 def test_a_dash_is_stdout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = invoke("init", "--preset", "paper-origen", "-o", "-")
@@ -106,7 +154,11 @@ def test_a_dash_is_stdout(tmp_path, monkeypatch):
     [
         (["--preset", "paper"], 2, "preset: got 'paper', expected one of"),
         (["-o", "."], 2, "is a folder"),
+        (["--preset", ""], 2, "--preset: got '', expected one of authors-code, "),
+        (["--preset", "null"], 2, "--preset: got 'null', expected one of authors-code, "),
         (["-o", "blocked/config.yaml"], 3, "blocked/config.yaml: "),
+        (["-o", "n" * 300], 3, "nnn: File name too long"),
+        (["-o", "a\0b"], 3, "a\\x00b: embedded null byte"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(arguments, code, words, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import typer
 from ibft.doctor import gpu, machine, packages, tools
 from ibft.doctor.finding import Finding, first_line
 from ibft.errors import SetupError
+from ibft.output import to_stdout
 
 Check = Callable[[], Finding]
 CHECKS: dict[str, Check] = {
@@ -42,7 +43,11 @@ COLORS = {"ok": "green", "note": "cyan", "warning": "yellow", "missing": "red"}
 
 def run_doctor(checks: Mapping[str, Check], *, as_json: bool = False) -> int:
     """Prints a line of each check as it is done, or all as JSON at the end. The exit code: 0, or 4 where one that
-    training needs is missing."""
+    training needs is missing.
+
+    Raises:
+        DataError: stdout is closed, or takes no more.
+    """
     found: dict[str, Finding] = {}
     for name, finding in examine(checks):
         found[name] = finding
@@ -51,9 +56,10 @@ def run_doctor(checks: Mapping[str, Check], *, as_json: bool = False) -> int:
     missing = [name for name, finding in found.items() if finding.state == "missing"]
     if as_json:
         rows = [{"check": name, **asdict(finding)} for name, finding in found.items()]
-        print(json.dumps({"can_train": not missing, "checks": rows}, indent=2))
+        said = json.dumps({"can_train": not missing, "checks": rows}, indent=2)
     else:
-        print(f"ibft-fast train cannot run here: {', '.join(missing)}" if missing else "ibft-fast train can run here")
+        said = f"ibft-fast train cannot run here: {', '.join(missing)}" if missing else "ibft-fast train can run here"
+    to_stdout(f"{said}\n")
     return SetupError.exit_code if missing else 0
 
 
@@ -70,5 +76,7 @@ def examine(checks: Mapping[str, Check]) -> Iterator[tuple[str, Finding]]:
 
 
 def print_line(name: str, finding: Finding) -> None:
-    state = typer.style(f"{finding.state:<8}", fg=COLORS[finding.state])
-    typer.echo(f"{state} {name:<19} {finding.found}{f' -> {finding.advice}' if finding.advice else ''}")
+    state = f"{finding.state:<8}"
+    if sys.stdout is not None and sys.stdout.isatty():
+        state = typer.style(state, fg=COLORS[finding.state])
+    to_stdout(f"{state} {name:<19} {finding.found}{f' -> {finding.advice}' if finding.advice else ''}\n")

@@ -10,7 +10,7 @@ GIB = 1 << 30
 LEAST_MEMORY = 2 * GIB  # libraries and the bundled model
 LEAST_HERE = 5 * GIB  # a run of a 7B base: adapters and two checkpoints with their optimizer states
 LEAST_MODELS = 20 * GIB  # a 7B base in 16 bits
-LEAST_ENCODED = 1 * GIB
+LEAST_ENCODED = 1 * GIB  # 4 bytes a token
 
 
 def memory() -> Finding:
@@ -42,28 +42,34 @@ def threads() -> Finding:
 
 
 def here() -> Finding:
-    return room(Path.cwd(), LEAST_HERE, "train -o puts a run elsewhere")
+    return room(Path.cwd(), LEAST_HERE, "a run of a 7B base", "train -o puts a run elsewhere")
 
 
 def hub_cache() -> Finding:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return room(Path(HF_HUB_CACHE), LEAST_MODELS, "HF_HOME puts downloaded models elsewhere")
+    return room(Path(HF_HUB_CACHE), LEAST_MODELS, "a 7B base", "HF_HOME puts downloaded models elsewhere")
 
 
 def encoded_data() -> Finding:
     from ibft.data.cache import cache_folder
 
-    return room(cache_folder(), LEAST_ENCODED, "IBFT_CACHE puts it elsewhere; --no-cache does without")
+    return room(
+        cache_folder(), LEAST_ENCODED, "a data set of 250 million tokens",
+        "IBFT_CACHE puts it elsewhere; --no-cache does without",
+    )  # fmt: skip
 
 
-def room(folder: Path, least: int, elsewhere: str) -> Finding:
-    """What is free in a folder, or in the one above that will hold it, and whether one may write there."""
+def room(folder: Path, least: int, what: str, elsewhere: str) -> Finding:
+    """What is free in a folder, or in the one above that will hold it, and whether one may write there.
+
+    least: bytes that `what` takes there. elsewhere: how to have it somewhere else.
+    """
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         return Finding("warning", f"{folder}: no right to write in {above}", elsewhere)
     free = shutil.disk_usage(above).free
     found = f"{folder}: {free / GIB:.1f} GiB free"
     if free < least:
-        return Finding("warning", found, f"a 7B base wants {least // GIB} GiB; {elsewhere}")
+        return Finding("warning", found, f"{what} wants {least // GIB} GiB; {elsewhere}")
     return Finding("ok", found)

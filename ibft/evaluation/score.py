@@ -17,6 +17,7 @@ from ibft.errors import ConfigError, DataError
 from ibft.evaluation.passk import LEVEL, RESAMPLES, estimate_means, pass_at_k_all_m
 from ibft.evaluation.samples import read_verdicts
 from ibft.evaluation.score_tables import SAID, WRITERS, Report, at, show
+from ibft.output import write_whole
 
 Counts = dict[str, tuple[int, int]]  # of each problem: n samples, c of them pass
 OPTIMISTIC = "the best temperature is chosen on the problems that it is scored on, so its score is optimistic"
@@ -284,8 +285,13 @@ def name_of(temperature: float | None) -> str:
 
 
 def write(path: Path, text: str) -> None:
+    """All of it, in folders that are made; or what was there stays.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
+        write_whole(path, text)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
