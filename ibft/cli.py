@@ -26,11 +26,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"ibft-fast {version('ibft-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Before any command."""
+
+
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(analyze, name="analyze")
 app.add_typer(reproduce, name="reproduce")
-for command in (sweep, init, schema, doctor):
-    app.command()(command)
 
 Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)
@@ -166,13 +183,8 @@ def merge(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the merged model.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     verify: Annotated[
-        bool | None,
-        typer.Option(
-            "--verify/--no-verify",
-            help="Compare logits at the end; default: where memory suffices and the base is not large.",
-            show_default=False,
-        ),
-    ] = None,
+        bool, typer.Option(help="Compare every tensor, and logits, before the folder gets its name.")
+    ] = True,
     debug: Debug = False,
 ) -> None:
     """Add the adapter into the full-precision base: a model folder for vLLM, llama.cpp, Ollama (docs/deploy.md).
@@ -181,7 +193,8 @@ def merge(
 
     Examples: `ibft-fast merge runs/a -o merged`, `ibft-fast merge runs/a/adapter-best -o best --dtype fp16`.
 
-    Exit codes: 0 done, 2 arguments, 4 base or adapter missing or damaged, or no room on the disk.
+    Exit codes: 0 done, 2 arguments, 4 base or adapter missing or damaged, no room on the disk, or a merge that
+    does not stand the comparison.
     """
     with one_line_errors(debug):
         from ibft.merge import run_merge
@@ -242,11 +255,17 @@ def report(
         run_report(runs, out)
 
 
+for command in (sweep, init, schema, doctor):  # after those that most people come for: `--help` has this order
+    app.command()(command)
+
+
 def _configure(arguments: list[str] | None, options: Sequence[str] = ()) -> "tuple[Config, list[str]]":
     """The configuration that the arguments name, and notices. options: overrides that come last."""
     given = list(arguments or [])
     config_file = None
     if given and ("=" not in given[0] or given[0].endswith((".yaml", ".yml"))):
+        if given[1:2] == ["="]:
+            raise ConfigError(f"got {' '.join(given[:3])!r}, expected section.key=value, without spaces")
         config_file = given.pop(0)
     given += options
     from ibft.load_config import load_config

@@ -4,7 +4,7 @@ Sources, each overriding the one before: defaults, the bundled model's settings 
 preset, the YAML file, `section.key=value` overrides. Loading is in `ibft.load_config`; this file imports no torch.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -78,7 +78,8 @@ class FieldsConfig(Section):
 
 class DataConfig(Section):
     path: str = BUNDLED
-    """Training rows: a .json, .jsonl, .csv, .tsv, .parquet or .arrow file (each also .gz), a folder of such, or a hub id."""
+    """Training rows: a .json, .jsonl, .csv, .tsv, .parquet or .arrow file (each also .gz), a folder of such, or a hub
+    id."""
     split: str = "train"
     """Split of a hub data set or of a folder."""
     fields: FieldsConfig = FieldsConfig()
@@ -139,7 +140,15 @@ class LoraConfig(Section):
     target_modules: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    """Linear layers that get LoRA."""
+    """Linear layers that get LoRA; all-linear: every one of these."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_or_several(cls, value: object) -> object:
+        if isinstance(value, str):
+            return get_args(Projection) if value == "all-linear" else tuple(name.strip() for name in value.split(","))
+        return value
+
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 

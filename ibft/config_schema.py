@@ -85,6 +85,9 @@ def _take_texts(key: str, setting: Schema) -> None:
         _also(setting, {"type": "string", "pattern": LAYERS})
     elif key == "data.decontaminate":
         _also(setting, {"type": "string"}, {"enum": [None, False]})
+    elif key == "lora.target_modules":
+        name = f"({'|'.join(setting['items']['enum'])})"
+        _also(setting, {"type": "string", "pattern": rf"^(all-linear|\s*{name}\s*(,\s*{name}\s*)*)$"})
     elif key == "train.mixed_precision":
         _also(setting, {"enum": ["no", False]})
     elif key == "train.report_to":

@@ -67,6 +67,13 @@ ADVICE = {  # of other trainers, and no key here
     "bf16": "it is train.mixed_precision=bf16 here",
     "fp16": "it is train.mixed_precision=fp16 here",
     "datasets": "data.path names one data set",
+    "cutoff_len": "it is data.max_length here",
+    "output_dir": "it is the option -o here",
+    "adapter": "it is LoRA: lora.r and the rest of that section",
+    "train_on_inputs": "data.labels=all teaches prompts too",
+    "flash_attention": "it is model.attn_implementation here, which fused layers do not need",
+    "deepspeed": "several GPUs: docs/several-gpus.md",
+    "fsdp": "several GPUs: docs/several-gpus.md",
     "chat_template": "data.template=chat is the tokenizer's, data.template=FILE.jinja another",
 }
 

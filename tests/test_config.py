@@ -62,6 +62,12 @@ def test_without_a_preset_the_weights_are_those_of_paper_origen_and_the_layer_is
     assert load().ib.latent_dim == 64  # the bundled base
 
 
+def test_target_modules_as_others_write_them():
+    everything = load().lora.target_modules
+    assert load("lora.target_modules=all-linear").lora.target_modules == everything
+    assert load("lora.target_modules=q_proj, v_proj").lora.target_modules == ("q_proj", "v_proj")
+
+
 def test_order_of_precedence(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("preset: paper-evol\nib: {alpha: 0.3, beta: 0.4}\ntrain: {learning_rate: 5e-5}\n")

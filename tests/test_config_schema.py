@@ -128,6 +128,8 @@ def test_presets_files_of_init_and_resolved_configurations_are_valid(name):
         {"data": {"val_size": 1}},
         {"data": {"fields": None}},
         {"lora": {"target_modules": []}},
+        {"lora": {"target_modules": "all"}},
+        {"lora": {"target_modules": "q_proj,"}},
         {"runtime": {"seed": 2**32}},
         {"runtime": {"memory_budget": 0}},
     ],
@@ -148,6 +150,8 @@ def test_what_the_loader_refuses_is_not_valid(tree, tmp_path):
         {"ib": {"alpha": "5e-2", "learning_rate": "1e-3"}},  # as YAML 1.1 reads 5e-2
         {"ib.alpha": 0.2},
         {"lora": {"lora_alpha": 16}},
+        {"lora": {"target_modules": "all-linear"}},
+        {"lora": {"target_modules": "q_proj, v_proj"}},
         {"train": {"report_to": "tensorboard, wandb"}},
         {"train": {"report_to": "none"}},
         {"train": {"report_to": None}},

@@ -21,14 +21,14 @@ Jobs = Annotated[int | None, typer.Option(help="Models at once; default one a co
 @app.command()
 def tiny(
     overrides: Overrides = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Little of everything, in under 5 minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Little of everything, in under three minutes.")] = False,
     out: Out = None,
     jobs: Jobs = None,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """On the bundled base and tasks, two CPU cores and no network: does a base that has memorised a quarter of the rows
-    face a barrier, and does IB-FT break it? About an hour.
+    face a barrier, and does IB-FT break it? Under an hour.
 
     Stopped, the same command goes on. A job has one thread, so that the numbers do not depend on how many run at once;
     --jobs defaults to one a core. key=value changes the recipe (seeds=[0,1], bases.steps=50) or training

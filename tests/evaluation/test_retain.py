@@ -80,7 +80,7 @@ def test_baselines_refused(tmp_path, text, said):
 def test_without_the_harness_a_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     result = retain()
-    assert (result.exit_code, "pip install 'ibft-fast[retain]'" in result.output) == (4, True)
+    assert (result.exit_code, "pip install -e '.[retain]' in a clone" in result.output) == (4, True)
 
 
 def test_a_task_of_ones_own_by_the_real_harness(tmp_path, monkeypatch):
