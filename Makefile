@@ -45,7 +45,7 @@ bench-gpu: $(READY)
 profile: $(READY)
 	$(PY) -m benchmarks.steps.profile_step $(ARGS)
 
-# From the committed rows: benchmarks/results/<device>/plots/*.svg and the tables of README.md.
+# From the committed rows: benchmarks/results/<device>/plots/*.svg and the tables of README.md and docs/benchmarks.md.
 plots: $(READY)
 	$(PY) -m benchmarks.report.plots
 	$(PY) -m benchmarks.report.tables

@@ -248,6 +248,20 @@ def test_a_missing_part_and_an_open_one_are_found(readme):
     assert "without the other" in wrong[1]
 
 
+def test_a_table_may_be_on_any_of_the_pages_with_links_from_its_folder(readme):
+    page = readme.parent / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    text = readme.read_text(encoding="utf-8")
+    (part,) = (found[0] for found in tables.MARKED.finditer(text) if found["name"] == "objective")
+    readme.write_text(text.replace(part, ""), encoding="utf-8")
+    assert tables.check(readme) == ["no part of README.md: objective"]
+    page.write_text(tables.rewritten(part, page), encoding="utf-8")
+    assert tables.check(readme, page) == []
+    assert "](../benchmarks/results/" in page.read_text(encoding="utf-8")
+    page.write_text(part, encoding="utf-8")
+    assert tables.check(readme, page) == ["stale: objective"]
+
+
 def test_an_unknown_table_is_refused():
     with pytest.raises(ValueError, match="got table 'speed', expected one of step, "):
         tables.rewritten("<!-- table: speed -->\n<!-- /table -->\n")
@@ -256,7 +270,7 @@ def test_an_unknown_table_is_refused():
 def test_check_says_what_is_stale_and_exits_with_1(readme, results):
     def run(*options):
         return subprocess.run(
-            [sys.executable, "-m", "benchmarks.report.tables", "--readme", readme, *options], cwd=ROOT,
+            [sys.executable, "-m", "benchmarks.report.tables", readme, *options], cwd=ROOT,
             capture_output=True, text=True, check=False, env=os.environ | {"IBFT_RESULTS": str(results)},
         )  # fmt: skip
 

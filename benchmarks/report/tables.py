@@ -1,10 +1,11 @@
-"""The tables of README.md, from the committed rows alone: no number in them is typed. Imports no torch.
+"""The tables of README.md and docs/benchmarks.md, from the committed rows alone: no number in them is typed. Imports no
+torch.
 
     python -m benchmarks.report.tables            rewrite the parts between `<!-- table: NAME -->` and `<!-- /table -->`
     python -m benchmarks.report.tables --check    name the parts that are stale; exit 1 where there are any
 
 NAME is one of `NAMED`, alone or followed by `cpu` or `gpu`, which leaves only that kind of device. Each of them has
-to be somewhere in the README.
+to be somewhere in these pages.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from benchmarks.report.targets import (
     rows_of,
 )
 
-README = result_rows.ROOT / "README.md"
+PAGES = (result_rows.ROOT / "README.md", result_rows.ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(
     r"(<!-- table: (?P<name>[a-z-]+)(?: (?P<kind>cpu|gpu))? -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL
 )
@@ -383,7 +384,7 @@ def shown_verdict(target: Target, value: float | None, verdict: Verdict) -> str:
     return f"**{text}**" if verdict == "missed" else text
 
 
-# --- the README -----------------------------------------------------------------------------------
+# --- the pages ------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[str], str | None]] = {
     "step": all_of(steps("step"), steps("step_turns")),
@@ -414,33 +415,41 @@ def render(name: str, kind: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def rewritten(text: str) -> str:
-    """The README with its parts made anew. Raises ValueError where a part's name is unknown."""
-    return MARKED.sub(lambda m: m[1] + render(m["name"], m["kind"]) + m[5], text)
+def body_of(part: re.Match[str], page: Path) -> str:
+    """What its marks are to hold. Links lead from the page's own folder."""
+    up = "../" if page.parent.name == "docs" else ""
+    return render(part["name"], part["kind"]).replace("](benchmarks/", f"]({up}benchmarks/")
 
 
-def check(readme: Path = README) -> list[str]:
-    """What is stale, part by part, and which tables the README lacks; [] where all is well."""
-    text = readme.read_text(encoding="utf-8")
-    found = [*MARKED.finditer(text)]
-    wrong = [f"no part of {readme.name}: {name}" for name in NAMED if name not in {m["name"] for m in found}]
-    if text.count("<!-- table:") != len(found) or text.count("<!-- /table -->") != len(found):
-        wrong.append(f"{readme.name}: a `<!-- table: NAME -->` or `<!-- /table -->` without the other")
-    for m in found:
-        if m["body"] != render(m["name"], m["kind"]):
-            wrong.append(f"stale: {m['name']}" + (f" {m['kind']}" if m["kind"] else ""))
-    return wrong
+def rewritten(text: str, page: Path = PAGES[0]) -> str:
+    """A page's text with its parts made anew. Raises ValueError where a part's name is unknown."""
+    return MARKED.sub(lambda part: part[1] + body_of(part, page) + part[5], text)
+
+
+def check(*pages: Path) -> list[str]:
+    """What is stale, part by part, and which tables none of the pages has; [] where all is well. Default: `PAGES`."""
+    wrong, there = [], set()
+    for page in pages or PAGES:
+        text = page.read_text(encoding="utf-8")
+        found = [*MARKED.finditer(text)]
+        there |= {part["name"] for part in found}
+        if text.count("<!-- table:") != len(found) or text.count("<!-- /table -->") != len(found):
+            wrong.append(f"{page.name}: a `<!-- table: NAME -->` or `<!-- /table -->` without the other")
+        for part in found:
+            if part["body"] != body_of(part, page):
+                wrong.append(f"stale: {part['name']}" + (f" {part['kind']}" if part["kind"] else ""))
+    names = ", ".join(page.name for page in pages or PAGES)
+    return [*(f"no part of {names}: {name}" for name in NAMED if name not in there), *wrong]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the tables of README.md from the committed rows.")
+    parser = argparse.ArgumentParser(description="Write the tables of the pages from the committed rows.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a part is stale")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("pages", type=Path, nargs="*", help="default: README.md and docs/benchmarks.md")
     options = parser.parse_args()
-    if not options.check:
-        text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(rewritten(text), encoding="utf-8")
-    wrong = check(options.readme)
+    for page in [] if options.check else options.pages or PAGES:
+        page.write_text(rewritten(page.read_text(encoding="utf-8"), page), encoding="utf-8")
+    wrong = check(*options.pages)
     print("\n".join(wrong) or "all tables are fresh")
     sys.exit(bool(wrong))
 
