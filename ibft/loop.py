@@ -23,7 +23,7 @@ from ibft.errors import NonFiniteError
 from ibft.fused import Fused
 from ibft.memory import peak_memory_mib
 from ibft.noise import z_stream
-from ibft.objective import IBObjective, LossParts
+from ibft.objective import IBObjective, LatentSums, LossParts
 from ibft.offload import HostEmbedding
 from ibft.optim import Groups, clip_gradients, gradient_norms
 from ibft.processes import largest, sum_step, sum_values
@@ -42,7 +42,8 @@ MIN_LOSS_SCALE = 1.0  # an fp16 scaler that has backed off this far will not rec
 class Trainer:
     """One run's moving parts and the verbs over them. Built by `ibft.run`; tests build it by hand.
 
-    Through `on_log`, `on_save` and `on_step` metrics.jsonl, trackers, disk and progress bar hear of it.
+    Through `on_log`, `on_latent`, `on_save` and `on_step` metrics.jsonl, latent.jsonl, trackers, disk and progress bar
+    hear of it.
     """
 
     config: Config
@@ -61,6 +62,7 @@ class Trainer:
     total_steps: int
     embeddings: HostEmbedding | None = None  # where the table stays in host memory
     on_log: Callable[[Row], None] = lambda row: None
+    on_latent: Callable[[Row], None] = lambda row: None  # a bottleneck's row of a logged step
     on_save: Callable[[str], None] = lambda name: None
     on_step: Callable[[int, Row], None] = lambda step, row: None
 
@@ -392,7 +394,9 @@ class Trainer:
         if self.objective.bottleneck is not None:
             values |= {"kl": float(parts.kl), "ce_z": float(parts.ce_z)}
             assert parts.latent_sums is not None
-            values |= parts.latent_sums.summary(row["kl_tokens"])
+            sums = parts.latent_sums.on_host()
+            values |= sums.summary(row["kl_tokens"])
+            self.log_latent(sums, row["kl_tokens"])
         values |= {f"grad_norm_{name}": float(norm) for name, norm in row["norms"].items()}
         values |= {
             "learning_rate": row["learning_rate"],
@@ -400,6 +404,14 @@ class Trainer:
             "memory_mib": peak_memory_mib(self.accelerator.device),
         }
         self.on_log(values)
+
+    def log_latent(self, sums: LatentSums, tokens: int) -> None:
+        """The KL of each latent dimension (nats per token), with the layer where there are several bottlenecks."""
+        several = self.objective.bottleneck if isinstance(self.objective.bottleneck, torch.nn.ModuleDict) else None
+        layers = [{"layer": int(layer)} for layer in several] if several is not None else [{}]
+        widths = [bottleneck.latent_dim for bottleneck in self.objective.bottlenecks]
+        for layer, kl_Z in zip(layers, sums.kl_by_dimension(tokens, widths), strict=True):
+            self.on_latent({"step": self.step, **layer, "kl": kl_Z})
 
     def check_finite(self, parts: LossParts, norms: dict[str, torch.Tensor]) -> bool:
         """True if loss and gradients are finite. One synchronisation a step: a poisoned run stops at once.

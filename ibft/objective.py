@@ -8,6 +8,7 @@ cross-entropies look only at the M positions whose next token is a label, and th
 Several layers, a bottleneck each: L = CE + alpha/n sum_l (KL_l + beta CE_z,l): alpha weighs the same whatever n.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal, cast
@@ -80,6 +81,14 @@ class LatentSums:
     def beside(self, other: "LatentSums") -> "LatentSums":
         """With another bottleneck's, of the same tokens."""
         return LatentSums(torch.cat((self.kl_Z, other.kl_Z)), self.mu_abs + other.mu_abs, self.var + other.var)
+
+    def on_host(self) -> "LatentSums":
+        """Synchronises; what is asked of the copy does not any more."""
+        return LatentSums(self.kl_Z.cpu(), self.mu_abs.cpu(), self.var.cpu())
+
+    def kl_by_dimension(self, tokens: int, widths: Sequence[int]) -> list[list[float]]:
+        """Mean KL (nats per token) of each latent dimension, a list a bottleneck. widths: Z of each. Synchronises."""
+        return [part.tolist() for part in (self.kl_Z / max(tokens, 1)).split(list(widths))]
 
     def summary(self, tokens: int) -> dict[str, float]:
         """Mean |mu|, mean variance, the share of latent dimensions in use, and the mean KL (nats per token) of the

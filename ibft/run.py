@@ -27,6 +27,7 @@ from ibft.watch import Watch, solves_fewer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOP = "STOP"
+FEW_STEPS = 10  # below which a note is due: warm-up and noise are most of such a run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,6 +78,7 @@ def run_training(
         from ibft.data.cache import tokenizer_key
         from ibft.data.prepare import load_data
         from ibft.data.templates import template_in_use
+        from ibft.loop import count_all_steps, count_steps
         from ibft.model import load_model_config, load_tokenizer, resolve_layers
 
         base_config = load_model_config(config.model)
@@ -100,6 +102,12 @@ def run_training(
         advice.setup, advice.choice = setup, choice
         console.memory(config, choice)
         console.line(describe_steps(config, data.train))
+        steps = count_all_steps(config, count_steps(data.train, config, processes.count()))
+        if steps < FEW_STEPS:
+            console.notice(
+                f"only {steps} optimizer steps, too few to learn from: raise train.num_train_epochs or train.max_steps, "
+                "or lower train.gradient_accumulation_steps"
+            )
         if dry_run:
             console.notice("dry run: configuration, model files and data are in order; nothing was trained or written")
             return 0
@@ -200,6 +208,7 @@ def train_and_report(
             console.notice(f"{stop} is of an earlier run: removed")
             stop.unlink()
         trainer.on_log, trainer.on_save, trainer.on_fault, trainer.on_notice = log, save, fault, console.notice
+        trainer.on_latent = run_dir.log_latent
         trainer.should_stop = stop.exists
     handlers = {number: signal.signal(number, trainer.interrupt) for number in SIGNALS}
     try:
@@ -208,7 +217,7 @@ def train_and_report(
             progress.began = True
         before = progress.before
         started = time.perf_counter()
-        with console.progress("training", trainer.total_steps) as advance:
+        with console.progress("training", trainer.total_steps, elsewhere=False) as advance:
             trainer.on_step = lambda step, _row: advance(step)
             trainer.train()
         trainer.heed()  # a signal during the last save

@@ -3,6 +3,7 @@
     config.yaml        the resolved configuration; `ibft-fast train RUN/config.yaml` repeats the run
     manifest.json      versions, commit, data hash, device, seed
     metrics.jsonl      one JSON object a log step; evaluations have eval_* keys
+    latent.jsonl       the KL of each latent dimension at the same steps; with several bottlenecks a line a layer
     adapter/           last state: PEFT adapter, ib_bottleneck.safetensors, tokenizer, a model card (README.md)
     adapter-best/      the same, lowest held-out cross-entropy
     checkpoints/step-N/  what a run goes on from (`ibft.checkpoint`)
@@ -20,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 BOTTLENECK_FILE = "ib_bottleneck.safetensors"
 METRICS = "metrics.jsonl"
+LATENT = "latent.jsonl"
 _PACKAGES = (
     "ibft-fast",
     "torch",
@@ -118,23 +121,27 @@ class RunDir:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def rewind(self, step: int, evaluated: int) -> list[dict[str, Any]]:
-        """The logged rows up to a checkpoint, those after it taken away: they will be logged again.
+        """The logged rows up to a checkpoint. Those after it are taken away, of latent.jsonl too: they will come again.
 
         evaluated: step of the last evaluation that the checkpoint knows of.
         """
+        if (self.path / LATENT).exists():
+            self._keep(LATENT, lambda row: step)
+        return self._keep(METRICS, lambda row: evaluated if "eval_ce" in row else step)
+
+    def _keep(self, name: str, last: Callable[[dict[str, Any]], int]) -> list[dict[str, Any]]:
+        """Of a file's rows those up to their `last` step; what is no row of a step goes."""
         kept = []
-        for line in (self.path / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (self.path / name).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:  # the half of a line that a kill left
+            except (ValueError, RecursionError):  # the half of a line that a kill left
                 continue
-            if not isinstance(row, dict):
-                continue
-            if row.get("step", 0) <= (evaluated if "eval_ce" in row else step):
+            if isinstance(row, dict) and type(row.get("step")) is int and row["step"] <= last(row):
                 kept.append(row)
-        fresh = self.path / f".{METRICS}.new"
+        fresh = self.path / f".{name}.new"
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(fresh, self.path / METRICS)
+        os.replace(fresh, self.path / name)
         return kept
 
     def write_config(self, config: Config) -> None:
@@ -165,6 +172,12 @@ class RunDir:
                 key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
             }
             file.write(json.dumps({**finite, "time": round(time.time(), 3)}) + "\n")
+
+    def log_latent(self, row: dict[str, Any]) -> None:
+        """Append one row to latent.jsonl, to four digits. A run without a bottleneck has no such file."""
+        digits = [float(f"{kl:.4g}") if isfinite(kl) else None for kl in row["kl"]]
+        with (self.path / LATENT).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "kl": digits}) + "\n")
 
     def save_adapter(
         self,

@@ -156,6 +156,12 @@ def test_the_bundled_base_learns_and_leaves_both_layers_weights(tmp_path):
     assert all(map(math.isfinite, losses))
     assert sum(losses[-3:]) < sum(losses[:3]) / 2
     assert json.loads((run / "manifest.json").read_text())["ib_layer"] == [4, 6]
+    latent = [json.loads(line) for line in (run / "latent.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["layer"]) for row in latent] == [(n, layer) for n in range(1, 21) for layer in (4, 6)]
+    assert {len(row["kl"]) for row in latent} == {64}
+    of_step = {n: [sum(row["kl"]) for row in latent if row["step"] == n] for n in range(1, 21)}
+    assert all(sum(of_step[row["step"]]) / 2 == pytest.approx(row["kl"], rel=1e-3) for row in rows if "loss" in row)
+    assert all(one != other for one, other in of_step.values())
     assert yaml.safe_load((run / "config.yaml").read_text())["ib"]["layer"] == [4, 6]
 
     names = {"encoder.weight", "encoder.bias", "up.weight", "up.bias"}

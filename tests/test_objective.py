@@ -230,6 +230,9 @@ def test_latent_statistics():
     assert found["active_dims"] == pytest.approx(float((per_dim > 0.01).float().mean()))
     expected = [float(per_dim.min()), float(per_dim.quantile(0.5)), float(per_dim.max())]
     assert [found[f"kl_dim_{which}"] for which in ("min", "median", "max")] == pytest.approx(expected, rel=1e-5)
+    assert parts.latent_sums.on_host().kl_by_dimension(10, [1, 2]) == [
+        pytest.approx(one.tolist(), rel=1e-5) for one in per_dim.split([1, len(per_dim) - 1])
+    ]
 
 
 def test_hugging_face_labels_are_shifted():

@@ -56,6 +56,7 @@ def assert_same(run, straight):
                  "adapter-best/adapter_model.safetensors", "checkpoints/step-12/optimizer.safetensors"):  # fmt: skip
         assert (run / name).read_bytes() == (straight / name).read_bytes(), name
     assert rows_of(run) == rows_of(straight)
+    assert (run / "latent.jsonl").read_bytes() == (straight / "latent.jsonl").read_bytes()
     results = [json.loads((each / "result.json").read_text()) for each in (run, straight)]
     assert results[0]["eval_ce"] == results[1]["eval_ce"]
     assert results[0]["pass_at_1"] == results[1]["pass_at_1"]
@@ -65,6 +66,22 @@ def test_the_case_holds_two_epochs(straight):
     epochs = [row["epoch"] for row in rows_of(straight) if "loss" in row]
     assert [epochs.count(number) for number in (0, 1)] == [6, 6]
     assert [folder.name for folder in sorted((straight / "checkpoints").iterdir())] == ["step-10", "step-12"]
+
+
+def test_each_logged_step_leaves_the_kl_of_each_latent_dimension(straight):
+    """64 of them, to four digits; their least, middle and most are what the metrics say."""
+    latent = [json.loads(line) for line in (straight / "latent.jsonl").read_text().splitlines()]
+    steps = [row for row in rows_of(straight) if "loss" in row]
+    assert [list(row) for row in latent] == [["step", "kl"]] * 12
+    assert [row["step"] for row in latent] == [row["step"] for row in steps] == list(range(1, 13))
+    for row, of_all in zip(latent, steps, strict=True):
+        kl = sorted(row["kl"])
+        assert len(kl) == 64
+        assert all(value == float(f"{value:.4g}") for value in kl)
+        middle = (kl[31] + kl[32]) / 2
+        expected = [of_all[f"kl_dim_{which}"] for which in ("min", "median", "max")]
+        assert [kl[0], middle, kl[-1]] == pytest.approx(expected, rel=1e-3)
+        assert sum(kl) == pytest.approx(of_all["kl"], rel=1e-3)
 
 
 def test_whoever_may_read_new_files_may_read_the_run_s(straight):
@@ -322,7 +339,9 @@ def test_what_torch_was_set_to_is_what_it_is_after_a_run(straight):
 
 def test_rows_that_are_no_rows_are_passed_over(stopped, straight):
     with (stopped / "metrics.jsonl").open("ab") as file:
-        file.write(b'3\n\xff\xfe\n{"step": 11, "lo')
+        file.write(b'3\n\xff\xfe\n{"step": "4"}\n{"step": 11, "lo')
+    with (stopped / "latent.jsonl").open("ab") as file:
+        file.write(b'[]\n{"kl": [1]}\n{"step": 11, "kl": [1, 2')
     assert go_on(stopped).exit_code == 0
     assert_same(stopped, straight)
 

@@ -3,119 +3,18 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
 from browser import CHROMIUM, Browser
-from hypothesis import given
-from hypothesis import strategies as st
-from typer.testing import CliRunner
+from run_pages import MANIFEST, RESULT, ROWS, STEP, Page, page_of, report, write_run
 
-from ibft.cli import app
 from ibft.evaluation.score import run_score
-from ibft.load_config import load_config
 from ibft.objective import ACTIVE_DIM_NATS
-from ibft.run_report.chart import HEIGHT, LONG, WIDTH, Line, chart, scale_of
 from ibft.run_report.curves import IN_USE_NATS, kl_per_dimension
 from ibft.run_report.page import make_page
 from ibft.run_report.read_run import names_of, read_run, read_runs
-
-STEP = {
-    "epoch": 0, "ce": 1.0, "kl": 64.0, "ce_z": 3.0, "mu_abs_mean": 0.5, "var_mean": 0.75, "active_dims": 0.875,
-    "kl_dim_min": 0.5, "kl_dim_median": 4.0, "kl_dim_max": 9.0,
-    "grad_norm_lora": 0.4, "grad_norm_bottleneck": 0.02, "learning_rate": 1e-3, "tokens_per_second": 1500.0,
-    "memory_mib": 640.0,
-}  # fmt: skip
-ROWS = [
-    {**STEP, "step": 1, "loss": 2.5, "time": 1000.0},
-    {**STEP, "step": 10, "loss": 1.75, "kl": 16.0, "active_dims": 0.5, "time": 1010.0},
-    {"step": 10, "eval_ce": 0.8125, "time": 1011.0},
-    {**STEP, "step": 20, "loss": 1.25, "kl": 8.0, "active_dims": 0.25, "memory_mib": 700.0, "time": 1020.0},
-    {"step": 20, "eval_ce": 0.9375, "time": 1021.0},
-]
-MANIFEST = {
-    "started": "2026-01-02T03:04:05+00:00", "python": "3.12.1", "platform": "Linux-6",
-    "commit": "0123456789abcdef-dirty", "versions": {"torch": "2.99.0", "triton": None}, "device": "A card",
-    "dtype": "bfloat16", "seed": 7, "data_sha256": "fedcba9876543210ffff", "ib_layer": 5,
-    "memory": {"predicted_bytes": 512 * 2**20},
-}  # fmt: skip
-RESULT = {
-    "steps": 20, "tokens_per_second": 1234.4, "training_seconds": 7500, "peak_memory_mib": 712.6,
-    "pass_at_1": {
-        "before": {"passed": 2, "tasks": 8, "value": 0.25}, "after": {"passed": 4, "tasks": 8, "value": 0.5},
-    },
-    "warnings": ["step 20: over-compression: lower ib.alpha"],
-}  # fmt: skip
-
-
-def write_run(folder, *overrides, rows=ROWS, manifest=MANIFEST, result=RESULT, faults=None):
-    """Files as a run leaves them."""
-    folder.mkdir(parents=True)
-    config = load_config(None, ["ib.latent_dim=16", "train.max_steps=20", *overrides])[0]
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, content in (("manifest", manifest), ("result", result), ("non_finite", faults)):
-        if content is not None:
-            (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
-
-
-class Page(HTMLParser):
-    """tags: (name, attributes) of each. text: of the body, in one line. tables: by caption, rows of cells."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags, self.words, self.open, self.wrong, self.rows = [], [], [], [], []
-        self.tables, self.caption = {}, ""
-        self.feed(html)
-        self.text = re.sub(r"\s+", " ", "".join(self.words))
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag != "meta":
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag == "table":
-            self.rows = []
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        self.wrong += [] if self.open and self.open[-1] == tag else [tag]
-        self.open = self.open[:-1]
-        if tag == "table":
-            self.tables[self.caption] = self.rows
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.words.append(data)
-        if self.open[-1:] == ["caption"]:
-            self.caption = data
-        if self.open[-1:] in (["td"], ["th"]):
-            self.rows[-1][-1] += data
-
-    def fact(self, name, table="Run"):
-        return next(row[1:] for row in self.tables[table] if row[0] == name)
-
-    def labels(self):
-        return [
-            attributes["aria-label"] for tag, attributes in self.tags if tag == "svg" and "aria-label" in attributes
-        ]
-
-
-def page_of(*folders):
-    return Page(make_page(read_runs(folders)))
-
-
-def report(*arguments):
-    return CliRunner().invoke(app, ["report", *map(str, arguments)])
-
 
 # --- what is on it --------------------------------------------------------------------------------
 
@@ -143,6 +42,7 @@ def test_the_numbers_of_a_finished_run_are_on_its_page(tmp_path):
         "run": "first", "before": "25.0 % (2 of 8)", "after": "50.0 % (4 of 8)", "change": "+25.0 points",
     }  # fmt: skip
     assert "step 20: over-compression: lower ib.alpha" in page.text
+    assert "Peak memory so far MiB" in page.text  # of a chart
     assert "Not logged" not in page.text
 
 
@@ -231,6 +131,13 @@ def test_scores_that_lie_in_the_folder(tmp_path):
     assert page.tables["what is retained"][1] == ["mmlu", "acc", "0.6250", "0.0125"]
 
 
+def test_of_many_rows_sixty_are_listed_the_first_and_the_last_among_them(tmp_path):
+    page = page_of(write_run(tmp_path / "a", rows=[{**STEP, "step": step} for step in range(1, 201)]))
+    assert "a: 200 rows, 60 of them shown" in page.text
+    steps = [row[0] for row in page.tables["a"]]
+    assert (len(steps), steps[:2], steps[-1]) == (61, ["step", "1"], "200")
+
+
 def test_steps_that_were_not_finite(tmp_path):
     fault = {"step": 12, "rows": list(range(20)), "error": "e", "parts": {"loss": "nan", "ce": "inf"}, "skipped": True}
     faults = {"faults": [fault, fault | {"step": 15, "rows": [3], "skipped": False}]}
@@ -282,6 +189,32 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path):
     )
 
 
+def test_damaged_lines_of_the_latent_file_are_left_out_and_counted_too(tmp_path):
+    """Of three dimensions: no JSON, no step, no list, other lengths, no layer's number. What is no number is a gap."""
+    rows = [{"step": 1, "kl": [1, 2, 3]}, {"step": 4, "kl": [1, 1, 1]}, {"step": 2, "kl": [3.0, math.nan, 5.0]}]
+    wrong = [{"kl": [1, 2, 3]}, {"step": 3, "kl": 7}, {"step": 3}, {"step": 3, "kl": [1, 2]}, {"step": 3, "kl": []},
+             {"step": 3, "kl": [1, 2, 3, 4]}, {"step": 3, "layer": "x", "kl": [1, 2, 3]},
+             {"step": "3", "kl": [1, 2, 3]}]  # fmt: skip
+    run = write_run(tmp_path / "a", latent=[wrong[3], *rows, *wrong, {"step": 4, "kl": [4, 5, None]}])
+    with (run / "latent.jsonl").open("ab") as file:
+        file.write(b'\xff\n\n{"step": 5, "kl": [1, 2')
+    read = read_run(run, "a")
+    assert read.notes == ["latent.jsonl: 11 damaged lines left out"]
+    assert read.latent == {None: [(1, [1, 2, 3]), (2, [3.0, None, 5.0]), (4, [4, 5, None])]}
+    assert (
+        "KL of each latent dimension, layer 5: 3 dimensions; at step 1 from 1 to 3 nats" in page_of(run).text_of_maps()
+    )
+
+
+def test_nothing_but_damaged_lines_is_no_map_and_no_error(tmp_path):
+    run = write_run(tmp_path / "a", latent=[{"step": 1, "kl": None}])
+    page = page_of(run)
+    assert page.text_of_maps() == ""
+    assert "latent.jsonl: 1 damaged line left out" in page.text
+    (run / "latent.jsonl").write_text("")
+    assert read_run(run, "a").notes == []
+
+
 def test_a_step_logged_twice_counts_as_it_was_logged_last(tmp_path):
     rows = [*ROWS, {**STEP, "step": 10, "loss": 9.0}]
     assert read_run(write_run(tmp_path / "a", rows=rows), "a").curve("loss") == [(1, 2.5), (10, 9.0), (20, 1.25)]
@@ -295,7 +228,10 @@ def test_values_that_are_no_numbers_leave_a_gap(tmp_path):
     make_page([run])
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "12", '{"a": ' * 5000, "\x00", "2020-13-45", "a: b: c"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "12", '{"a": ' * 5000, "\x00", "2020-13-45", "a: b: c", "a: &a [*a]", "a: &a {b: *a}"],
+)
 def test_other_damaged_files_are_left_out_and_named(tmp_path, content):
     run = write_run(tmp_path / "a", faults={"faults": []})
     names = ("config.yaml", "manifest.json", "result.json", "non_finite.json")
@@ -337,6 +273,10 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
     for folders, said in cases.items():
         result = report(*folders, "-o", out)
         assert (result.exit_code, result.stderr) == (2, f"error: {said}\n")
+    (tmp_path / "loop").symlink_to("loop")
+    result = report(run, tmp_path / "loop", "-o", out)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {tmp_path}/loop: a link that leads nowhere, expected a run folder\n"
     result = report(run, "-o", run / "config.yaml")
     assert result.exit_code == 2
     assert result.stderr.endswith("config.yaml, expected a name that ends with .html or .htm\n")
@@ -368,13 +308,23 @@ def test_the_command_says_where_the_page_is(tmp_path):
     assert (tmp_path / "new" / "page.html").read_text() == make_page(read_runs([run]))
 
 
+def test_a_home_that_the_shell_left_is_meant(tmp_path, monkeypatch):
+    """As it does in --out=~/page.html."""
+    run = write_run(tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert report(run, "--out=~/page.html").exit_code == 0
+    assert (tmp_path / "home" / "page.html").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 # --- nothing but itself ---------------------------------------------------------------------------
 
 EVIL = "</style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&lt;"
 
 
 def hostile_runs(tmp_path):
-    """Two runs with markup wherever a file or a name can hold text."""
+    """Two runs, of two bottlenecks each, with markup wherever a file or a name can hold text."""
     rows = [{**row, EVIL: 1.0} for row in ROWS]
     manifest = {
         **{key: EVIL for key, value in MANIFEST.items() if isinstance(value, str)}, "versions": {EVIL: EVIL},
@@ -387,7 +337,8 @@ def hostile_runs(tmp_path):
     faults = {"faults": [{"step": EVIL, "rows": [EVIL], "parts": {EVIL: EVIL}}]}
     runs = []
     for name in ('<b>"a', '<b>"b'):
-        run = write_run(tmp_path / name, rows=rows, manifest=manifest, result=result, faults=faults)
+        latent = [{"step": 1, "layer": layer, "kl": [0.5, 0.25], EVIL: EVIL} for layer in (4, 6)]
+        run = write_run(tmp_path / name, rows=rows, manifest=manifest, result=result, faults=faults, latent=latent)
         tree = yaml.safe_load((run / "config.yaml").read_text())
         tree["model"] |= {"name_or_path": EVIL, "revision": EVIL}
         tree["data"]["path"], tree["ib"]["encoder"], tree["lora"]["r"] = EVIL, EVIL, EVIL
@@ -412,7 +363,16 @@ def test_nothing_of_a_file_becomes_markup(tmp_path):
         "y", "cx", "cy", "r", "text-anchor", "aria-label", "aria-hidden",
     }  # fmt: skip
     assert page.text.count(EVIL) > 30
-    assert len([tag for tag, _ in page.tags if tag == "b"]) == 17  # of charts, none of a name
+    assert len([tag for tag, _ in page.tags if tag == "b"]) == 17 + 4  # of charts and maps, none of a name
+
+
+def test_nor_does_the_name_of_a_single_run(tmp_path):
+    """It is the page's title, which several runs' names are not."""
+    name = "<script>alert(1)"
+    page = page_of(write_run(tmp_path / name))
+    assert (page.open, page.wrong) == ([], [])
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(f"Training run {name}") == 2  # of the tab, and above the page
 
 
 def test_the_page_names_no_other_place(tmp_path):
@@ -423,98 +383,6 @@ def test_the_page_names_no_other_place(tmp_path):
     assert len(set(ids)) == len(ids)
     assert {attributes["href"][1:] for tag, attributes in page.tags if tag == "a"} == set(ids)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
-
-
-# --- charts ---------------------------------------------------------------------------------------
-
-
-def paths(svg):
-    return re.findall(r'<g class="c\d d\d">.*?</g>', svg)
-
-
-def test_points_lie_where_the_scale_has_them():
-    """The plane is 296 wide from x = 48, 156 high from y = 164 upwards; the scale goes from 0 to 10."""
-    svg = chart("t", [Line("n", 0, [(0, 0.0), (5, 10.0), (10, 2.5)])], range(11))
-    assert 'd="M48.0 164.0h0L196.0 8.0L344.0 125.0"' in svg
-    assert re.findall(r"<title>(.*?)</title>", svg) == ["n, step 0: 0", "n, step 5: 10", "n, step 10: 2.5"]
-    assert 'y="168.0" text-anchor="end">0</text>' in svg
-    assert 'x="107.2" y="179" text-anchor="middle">2</text>' in svg
-    assert "log scale" not in svg
-
-
-def test_a_gap_breaks_the_line():
-    svg = chart("t", [Line("n", 0, [(0, 0.0), (5, None), (10, 10.0)])], range(11))
-    assert 'd="M48.0 164.0h0M344.0 8.0h0"' in svg
-
-
-def test_values_a_hundred_times_apart_have_a_logarithmic_scale():
-    """1 to 100 with a margin of 4 % of two powers of ten at both ends: 10 in the middle, at y = 86."""
-    svg = chart("t", [Line("n", 0, [(0, 1.0), (5, 10.0), (10, 100.0)])], range(11), unit="nats")
-    assert "nats, log scale" in svg
-    assert "L196.0 86.0" in svg
-    assert "log" not in chart("t", [Line("n", 0, [(0, 1.0), (10, 99.0)])], range(11))
-    assert "log" not in chart("t", [Line("n", 0, [(0, 1.0), (10, 100.0)])], range(11), zero=True)
-    assert "log" not in chart("t", [Line("n", 0, [(0, 0.0), (10, 100.0)])], range(11))
-
-
-@pytest.mark.parametrize(
-    ("values", "ticks"),
-    [
-        ([0.2, 0.9], [0.2, 0.4, 0.6, 0.8, 1.0]), ([3.0, 3.0], [2.6, 2.8, 3.0, 3.2, 3.4]),
-        ([0.0], [-1.0, -0.5, 0.0, 0.5, 1.0]),
-        ([-7.0, 12.0], [-10.0, -5.0, 0.0, 5.0, 10.0, 15.0]), ([1.0, 1000.0], [1.0, 10.0, 100.0, 1000.0]),
-    ],
-)  # fmt: skip
-def test_ticks_are_round_numbers(values, ticks):
-    assert scale_of(values).ticks == pytest.approx(ticks)
-
-
-def test_next_to_nothing_has_no_powers_of_ten():
-    assert not scale_of([5e-324, 1.0]).log
-    assert not scale_of([1e-46, 3e38]).log
-    assert len(scale_of([1e-44, 3e38]).ticks) == 6
-
-
-NUMBERS = st.one_of(
-    st.none(), st.floats(-3.5e38, 3.5e38), st.sampled_from([0.0, 5e-324, -5e-324, 1e-310, 1e-44, 1e-46, 3.5e38])
-)
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(-(10**9), 10**9), NUMBERS), min_size=1, max_size=9, unique_by=lambda point: point[0]
-    ),
-    st.booleans(),
-)
-def test_whatever_the_values_all_is_drawn_within_the_frame(points, zero):
-    points = sorted(points)
-    svg = chart("t", [Line("n", 0, points)], range(points[0][0], points[-1][0] + 1), zero=zero)
-    assert (svg == "") == all(value is None for _, value in points)
-    places = re.findall(r'[ML](\S+) (-?[\d.]+)|cx="(.*?)" cy="(.*?)"|<text x="(.*?)" y="(.*?)"', svg)
-    for found in places:
-        x, y = map(float, filter(None, found))
-        assert 0 <= x <= WIDTH
-        assert 0 <= y <= HEIGHT
-    assert svg.count("<text") <= 30
-
-
-def test_a_long_line_keeps_its_spike_and_shows_its_mean():
-    """Of 10,000 steps at 1, one is 5: pale it reaches the top; the line, a mean of 125 steps, rises to 1.032."""
-    points = [(step, 5.0 if step == 7000 else 1.0) for step in range(10_000)]
-    assert len(points) > LONG
-    svg = chart("t", [Line("n", 0, points)], range(10_000), zero=True)
-    pale, line = re.findall(r'<path(?: class="pale")? d="(.*?)"', paths(svg)[0])
-    heights = [[float(y) for y in re.findall(r"[ML]\S+ ([\d.]+)", path)] for path in (pale, line)]
-    assert min(heights[0]) == 8.0  # of 5
-    assert len(heights[1]) == 80
-    assert min(heights[1]) == pytest.approx(164 - 156 * 1.032 / 5, abs=0.051)
-    assert len(svg) < 20_000
-    assert "<circle" not in svg
-
-
-def test_many_lines_all_look_different():
-    svg = chart("t", [Line(f"n{number}", number, [(0, 1.0), (1, 2.0)]) for number in range(30)], range(2))
-    assert len({re.search(r'class="(.*?)"', line)[1] for line in paths(svg)}) == 30
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -534,6 +402,10 @@ COLOURS = """[...document.querySelectorAll('body, figure.chart text, figure.char
 )"""
 
 
+BAR = "[...document.querySelectorAll('figure.heat')[0].querySelectorAll('g:last-of-type path')].map("
+BAR += "e => getComputedStyle(e).fill)"
+
+
 def test_in_a_browser_it_opens_alone_and_fits_a_phone_in_light_and_dark(tmp_path, browser):
     """Long words wherever a name can stand; everything unfolded."""
     word = "a" * 120
@@ -541,9 +413,10 @@ def test_in_a_browser_it_opens_alone_and_fits_a_phone_in_light_and_dark(tmp_path
     plain = write_run(
         tmp_path / word, f"model.name_or_path={word}", "data.path=/x", rows=long, manifest=MANIFEST | {"device": word},
         result=RESULT | {"warnings": [word]},
+        latent=[{"step": step, "kl": [step * 1.2**dim for dim in range(100)]} for step in range(1, 1500, 10)],
     )  # fmt: skip
     pages = {"alone.html": [plain], "several.html": [plain, *hostile_runs(tmp_path)]}
-    seen = {}
+    seen, bars = {}, {}
     for name, runs in pages.items():
         path = tmp_path / name
         path.write_text(make_page(read_runs(runs)), encoding="utf-8")
@@ -563,7 +436,10 @@ def test_in_a_browser_it_opens_alone_and_fits_a_phone_in_light_and_dark(tmp_path
                 )
                 assert browser.value(least) > 9  # pixels of a letter's box
             seen[name, scheme] = browser.value(COLOURS)
+            bars[scheme] = browser.value(BAR)
     light, dark = seen["alone.html", "light"], seen["alone.html", "dark"]
     assert (light[0].split(",rgb")[0], dark[0].split(",rgb")[0]) == ("rgb(255, 255, 255)", "rgb(20, 23, 27)")
     assert len(light) > 100
+    assert len(set(bars["light"])) == 17
+    assert bars["dark"] == bars["light"][::-1]  # the least is next to the paper
     assert not [each for each, other in zip(light, dark, strict=True) if each == other]

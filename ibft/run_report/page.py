@@ -3,6 +3,7 @@
 The file needs nothing but itself: charts are in it, and no script. All that comes from a run's files is escaped.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +15,7 @@ from ibft.reproduce.page import PAGE, table
 from ibft.reproduce.sentences import counted
 from ibft.run_report import tables
 from ibft.run_report.curves import GRADIENTS, LATENT, LATENT_NOTE, LOSS, LOSS_NOTE, SPEED, charts
+from ibft.run_report.heat import heats
 from ibft.run_report.read_run import Run, read_runs
 from ibft.run_report.style import STYLE
 
@@ -27,6 +29,7 @@ def run_report(folders: Sequence[Path], out: Path) -> None:
         ConfigError: a folder holds no run or is named twice, or `out` is no HTML file's name.
         DataError: a file cannot be read or written.
     """
+    out = Path(os.path.expanduser(out))  # a shell leaves the ~ of --out=~/page.html
     if out.suffix.lower() not in ENDINGS:
         raise ConfigError(f"--out: got {out}, expected a name that ends with {' or '.join(ENDINGS)}")
     runs = read_runs(folders)
@@ -49,7 +52,7 @@ def make_page(runs: Sequence[Run]) -> str:
         "warnings": ("Warnings", warnings_section),
         "scores": ("Scores", scores_section),
         "loss": ("Loss", lambda runs: charts(LOSS, runs, LOSS_NOTE)),
-        "latent": ("Bottleneck", lambda runs: charts(LATENT, runs, LATENT_NOTE)),
+        "latent": ("Bottleneck", lambda runs: charts(LATENT, runs, LATENT_NOTE) + heats(runs)),
         "gradients": ("Gradients", lambda runs: charts(GRADIENTS, runs)),
         "speed": ("Speed and memory", lambda runs: charts(SPEED, runs)),
         "settings": ("Settings", settings_section),

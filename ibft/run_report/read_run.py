@@ -4,6 +4,8 @@ Only a folder without a run is refused. Whatever else cannot be read is left out
 """
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import commonpath
@@ -14,10 +16,11 @@ import yaml
 
 from ibft.errors import ConfigError, DataError
 from ibft.evaluation.score_tables import Table, describe, few_ms, summary_tables
-from ibft.rundir import METRICS
+from ibft.rundir import LATENT, METRICS
 
 Tree = dict[str, Any]
 Points = list[tuple[int, float | None]]  # step, value; None: not there, or not finite
+Latent = list[tuple[int, list[float | None]]]  # step, [Z] KL of each dimension in nats per token
 LARGEST = 3.5e38  # of a float32: a number beyond it is no measurement
 OWN = ("manifest.json", "result.json", "non_finite.json")  # JSON that is no score
 NOT_ENTERED = ("adapter", "checkpoints", ".")  # how names of folders begin that hold no score
@@ -38,7 +41,10 @@ class Scores:
 
 @dataclass
 class Run:
-    """steps, evaluations: rows of metrics.jsonl, by step. result: None while there is none. notes: what is damaged."""
+    """steps, evaluations: rows of metrics.jsonl, by step. result: None while there is none. notes: what is damaged.
+
+    latent: of latent.jsonl, by layer; None is the layer of a run with one bottleneck.
+    """
 
     path: Path
     name: str
@@ -47,6 +53,7 @@ class Run:
     result: Tree | None = None
     steps: list[Tree] = field(default_factory=list)
     evaluations: list[Tree] = field(default_factory=list)
+    latent: dict[int | None, Latent] = field(default_factory=dict)
     faults: list[Tree] = field(default_factory=list)
     scores: list[Scores] = field(default_factory=list)
     checkpoints: list[str] = field(default_factory=list)
@@ -73,7 +80,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         ConfigError: a folder holds no run, or is named twice. DataError: it cannot be read.
     """
-    places = [path.resolve() for path in paths]
+    places = [Path(os.path.realpath(path)) for path in paths]  # which takes a link to itself too
     for index, place in enumerate(places):
         if place in places[:index]:
             raise ConfigError(f"{paths[index]}: named twice")
@@ -96,7 +103,10 @@ def read_run(path: Path, name: str) -> Run:
     """Raises ConfigError: no run there. DataError: a file of it cannot be opened."""
     try:
         if not path.is_dir():
-            raise ConfigError(f"{path}: {'is a file' if path.exists() else 'no such folder'}, expected a run folder")
+            what = (
+                "is a file" if path.exists() else "a link that leads nowhere" if path.is_symlink() else "no such folder"
+            )
+            raise ConfigError(f"{path}: {what}, expected a run folder")
         if not any((path / file).exists() for file in ("config.yaml", METRICS)):
             raise ConfigError(f"{path}: holds no run, expected config.yaml or {METRICS} in it")
         run = Run(path, name)
@@ -106,6 +116,7 @@ def read_run(path: Path, name: str) -> Run:
         faults = (tree_of(run, "non_finite.json", json.loads) or {}).get("faults")
         run.faults = [fault for fault in faults if isinstance(fault, dict)] if isinstance(faults, list) else []
         read_metrics(run)
+        read_latent(run)
         run.scores = list(scores_of(run))
         run.checkpoints = [f"step-{number}" for number in sorted(checkpoint_steps(path / "checkpoints"))]
     except OSError as error:
@@ -120,6 +131,7 @@ def tree_of(run: Run, file: str, parse: Callable[[str], Any]) -> Tree | None:
         return None
     try:
         tree = parse(path.read_text(encoding="utf-8", errors="replace"))
+        json.dumps(tree, default=str, skipkeys=True)  # ValueError: a YAML anchor within itself
     except (ValueError, RecursionError, yaml.YAMLError):
         tree = None
     if not isinstance(tree, dict):
@@ -130,23 +142,53 @@ def tree_of(run: Run, file: str, parse: Callable[[str], Any]) -> Tree | None:
 
 def read_metrics(run: Run) -> None:
     """Rows by step, the last of those that were logged twice; lines that are no row are counted."""
-    path = run.path / METRICS
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     steps: dict[int, Tree] = {}
     evaluations: dict[int, Tree] = {}
-    damaged = 0
+    rows, damaged = rows_of(run.path / METRICS)
+    for row in rows:
+        (evaluations if "eval_ce" in row else steps)[row["step"]] = row
+    run.steps, run.evaluations = ([found[step] for step in sorted(found)] for found in (steps, evaluations))
+    note_damaged(run, METRICS, damaged)
+
+
+def read_latent(run: Run) -> None:
+    """As the metrics; a layer's rows have all as many dimensions as most of them."""
+    rows, damaged = rows_of(run.path / LATENT)
+    good = 0
+    by_layer: dict[int | None, list[Tree]] = {}
+    for row in filter(is_latent, rows):
+        by_layer.setdefault(row.get("layer"), []).append(row)
+    for layer in sorted(by_layer, key=lambda layer: layer or 0):
+        [(usual, count)] = Counter(len(row["kl"]) for row in by_layer[layer]).most_common(1)
+        found = {row["step"]: row["kl"] for row in by_layer[layer] if len(row["kl"]) == usual}
+        run.latent[layer] = [(step, [finite(kl) for kl in found[step]]) for step in sorted(found)]
+        good += count
+    note_damaged(run, LATENT, damaged + len(rows) - good)
+
+
+def is_latent(row: Tree) -> bool:
+    return isinstance(row.get("kl"), list) and bool(row["kl"]) and type(row.get("layer", 0)) is int
+
+
+def rows_of(path: Path) -> tuple[list[Tree], int]:
+    """The file's rows that have a step, and how many lines are none; of no file none."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    rows, damaged = [], 0
     for line in filter(str.strip, text.splitlines()):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):  # the half of a line that a kill left
             row = None
-        if not isinstance(row, dict) or type(row.get("step")) is not int or abs(row["step"]) > LARGEST:
+        if isinstance(row, dict) and type(row.get("step")) is int and abs(row["step"]) <= LARGEST:
+            rows.append(row)
+        else:
             damaged += 1
-            continue
-        (evaluations if "eval_ce" in row else steps)[row["step"]] = row
-    run.steps, run.evaluations = ([rows[step] for step in sorted(rows)] for rows in (steps, evaluations))
-    if damaged:
-        run.notes.append(f"{METRICS}: {damaged} damaged line{'' if damaged == 1 else 's'} left out")
+    return rows, damaged
+
+
+def note_damaged(run: Run, file: str, lines: int) -> None:
+    if lines:
+        run.notes.append(f"{file}: {lines} damaged line{'' if lines == 1 else 's'} left out")
 
 
 def checkpoint_steps(folder: Path) -> Iterator[int]:

@@ -1,7 +1,26 @@
 """How the page looks beyond what it shares with a reproduction's: charts whose colours are told apart by colour-blind
 readers (after Okabe and Ito; dashes differ too), on light and on dark."""
 
+from itertools import pairwise
+
 from ibft.reproduce.page_style import STYLE as SHARED
+
+# ColorBrewer's YlGnBu: of one order also in greys and to the colour-blind. On dark paper it goes the other way, so that
+# what is least is next to the paper on both
+_HEAT = ("fbfcd3", "edf8b1", "c7e9b4", "7fcdbb", "41b6c4", "1d91c0", "225ea8", "253494", "081d58")
+
+
+def heat_colours() -> list[str]:
+    """The nine, and between each two their mean."""
+    colours = [tuple(bytes.fromhex(colour)) for colour in _HEAT]
+    between = [tuple((a + b) // 2 for a, b in zip(*two, strict=True)) for two in pairwise(colours)]
+    mixed = [colour for pair in zip(colours, between, strict=False) for colour in pair] + [colours[-1]]
+    return [f"#{bytes(colour).hex()}" for colour in mixed]
+
+
+def heat_rules(colours: list[str]) -> str:
+    return " ".join(f"figure.heat .k{number} {{ fill: {colour}; }}" for number, colour in enumerate(colours))
+
 
 STYLE = (
     SHARED
@@ -35,5 +54,8 @@ ul.legend span { min-width: 0; overflow-wrap: anywhere; }
 #warnings td { min-width: 6rem; }
 #settings td { min-width: 8rem; overflow-wrap: anywhere; }
 details .scroll { margin-top: .6rem; }
+figure.heat g path { stroke: none; shape-rendering: crispEdges; }
 """
+    + heat_rules(heat_colours())
+    + f"\n@media (prefers-color-scheme: dark) {{ {heat_rules(heat_colours()[::-1])} }}\n"
 )
