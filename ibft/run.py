@@ -105,7 +105,7 @@ def run_training(
         steps = count_all_steps(config, count_steps(data.train, config, processes.count()))
         if steps < FEW_STEPS:
             console.notice(
-                f"only {steps} optimizer steps, too few to learn from: raise train.num_train_epochs or train.max_steps, "
+                f"only {steps} optimizer steps, too few to learn from: raise train.num_train_epochs or max_steps, "
                 "or lower train.gradient_accumulation_steps"
             )
         if dry_run:
