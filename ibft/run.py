@@ -420,7 +420,8 @@ def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
 
 
 def make_accelerator(config: Config, device: torch.device, dtype: torch.dtype, run_dir: RunDir) -> "Accelerator":

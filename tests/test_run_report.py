@@ -81,6 +81,12 @@ def test_a_run_without_a_bottleneck(tmp_path):
     assert [row[0] for row in page.tables["First → last"]] == ["run", "loss", "CE", "grad LoRA", "tokens/s", "peak MiB"]
 
 
+def test_a_few_runs_are_columns_and_many_are_rows(tmp_path):
+    runs = [write_run(tmp_path / name) for name in "abcd"]
+    assert page_of(*runs[:3]).tables["First → last"][0] == ["run", "a", "b", "c"]
+    assert [row[0] for row in page_of(*runs).tables["First → last"]] == ["run", *"abcd"]
+
+
 def test_of_several_runs_only_settings_that_differ_are_beside_each_other(tmp_path):
     first = write_run(tmp_path / "a")
     second = write_run(tmp_path / "b", "ib.alpha=0.05", "train.learning_rate=0.004", manifest=MANIFEST | {"seed": 8})

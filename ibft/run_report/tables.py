@@ -136,12 +136,12 @@ def outcome(runs: Sequence[Run]) -> Table:
             whole(speed), whole(peak),
         ])  # fmt: skip
     filled = [index for index in range(len(header)) if any(row[index] for row in rows)]
-    return narrow("First → last", [header[i] for i in filled], [[row[i] for i in filled] for row in rows])
+    return narrow("First → last", [header[i] for i in filled], [[row[i] for i in filled] for row in rows], most=3)
 
 
-def narrow(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """With a single row on its side, so that it is no wider than a phone."""
-    if len(rows) == 1:
+def narrow(title: str, header: list[str], rows: list[list[str]], *, most: int = 1) -> Table:
+    """With up to so many rows on its side: one is then no wider than a phone, three than a desk."""
+    if len(rows) <= most:
         header, *rows = [list(line) for line in zip(header, *rows, strict=True)]
     return Table(title, header, rows)
 
