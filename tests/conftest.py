@@ -37,7 +37,7 @@ def soaking(request) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """`make test` has three processes. A file of tests stays in one of them, and all files that start sandboxes stay
+    """`make test` has two processes. A file of tests stays in one of them, and all files that start sandboxes stay
     together: some of those tests look for any that are left. (xdist 3.8 reads no groups from pytest 9.2.)
     """
     from xdist.scheduler import LoadScopeScheduling
