@@ -101,9 +101,9 @@ def run_training(
         choice = choose_plan(setup, memory_budget(config, device))
         advice.setup, advice.choice = setup, choice
         console.memory(config, choice)
-        console.line(describe_steps(config, data.train))
-        steps = count_all_steps(config, count_steps(data.train, config, processes.count()))
-        if steps < FEW_STEPS:
+        epoch = count_steps(data.train, config, processes.count())
+        console.line(describe_steps(config, data.train, epoch))
+        if (steps := count_all_steps(config, epoch)) < FEW_STEPS:
             console.notice(
                 f"only {steps} optimizer steps, too few to learn from: raise train.num_train_epochs or max_steps, "
                 "or lower train.gradient_accumulation_steps"
@@ -360,12 +360,12 @@ def setup_of(config: Config, base_config: Any, data: "Datasets", device: torch.d
     return Setup.of(ModelShape.of(base_config), config, device.type, dtype.itemsize, Load.of(config, data.train))
 
 
-def describe_steps(config: Config, data: "EncodedData") -> str:
-    """How many there are, and what of them is padding."""
+def describe_steps(config: Config, data: "EncodedData", epoch: int) -> str:
+    """How many there are, and what of them is padding. epoch: steps of one."""
     from ibft.data.order import pack
-    from ibft.loop import count_all_steps, count_steps
+    from ibft.loop import count_all_steps
 
-    epoch, length = count_steps(data, config, processes.count()), config.data.max_length
+    length = config.data.max_length
     steps = f"{epoch:,} steps an epoch, {count_all_steps(config, epoch):,} in all"
     if not config.data.packing:
         return f"steps: a sample a row; {steps}"
